@@ -57,8 +57,8 @@ class Record:
     change_mask: Path | None = None
 
 
-def read_records(data_dir: Path | str, sets: Sequence[str], split: str) -> list[Record]:
-    """All records of one split of the named sets, in the order of the sets and of their files.
+def read_records(data_dir: Path | str, sets: Sequence[str], split: str | None) -> list[Record]:
+    """All records of one split of the named sets (None: of every split), in the order of the sets and of their files.
 
     The list is empty where the sets hold nothing of that split. Raises DataError for a missing set (naming those
     that are there) and for a line that does not follow the record format (naming file and line).
@@ -74,7 +74,7 @@ def read_records(data_dir: Path | str, sets: Sequence[str], split: str) -> list[
                 if not line.strip():
                     continue
                 record = _parse(line, name, path, number)
-                if record.split == split:
+                if split is None or record.split == split:
                     records.append(record)
     return records
 

@@ -1,0 +1,119 @@
+"""The multi-scale encoder: one convolutional pass gives maps at strides 4, 8, 16 and 32.
+
+EfficientNet-Lite (Tan & Le 2019, the Lite variant: no squeeze-and-excite, ReLU6), laid out so that the early
+blocks can be frozen and their output kept while the late ones train.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model_server.model.config import BackboneConfig
+
+
+class SameConv(nn.Conv2d):
+    """Convolution with TensorFlow's SAME padding: output side = ceil(input side / stride).
+
+    The odd pixel of padding goes to the right and bottom, as the published weights were trained.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, s = self.kernel_size[0], self.stride[0]
+        if k == 1:
+            return super().forward(x)
+        if s == 1:
+            return F.conv2d(x, self.weight, self.bias, 1, k // 2, 1, self.groups)
+        pads = [max((-(-n // s) - 1) * s + k - n, 0) for n in x.shape[-2:]]
+        top, left = pads[0] // 2, pads[1] // 2
+        x = F.pad(x, (left, pads[1] - left, top, pads[0] - top))
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, 1, self.groups)
+
+
+def conv_norm(c_in: int, c_out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    """Convolution without bias and its batch norm; `fold_norms` turns the pair into one convolution."""
+    return nn.Sequential(
+        SameConv(c_in, c_out, kernel, stride, groups=groups, bias=False),
+        nn.BatchNorm2d(c_out, eps=1e-3, momentum=0.01),
+    )
+
+
+class InvertedResidual(nn.Module):
+    """Expand 1x1, depthwise k x k, project 1x1; a residual where the shape stays."""
+
+    def __init__(self, c_in: int, c_out: int, expansion: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        hidden = c_in * expansion
+        self.expand = conv_norm(c_in, hidden) if expansion != 1 else None
+        self.depthwise = conv_norm(hidden, hidden, kernel, stride, groups=hidden)
+        self.project = conv_norm(hidden, c_out)
+        self.residual = stride == 1 and c_in == c_out
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C_in, H, W] -> [B, C_out, H/stride, W/stride]
+        y = x if self.expand is None else F.relu6(self.expand(x))
+        y = self.project(F.relu6(self.depthwise(y)))
+        return x + y if self.residual else y
+
+
+class Backbone(nn.Module):
+    """Pixels to a pyramid of maps and one pooled vector.
+
+    `strides[i]` is the stride of block i's output; a scale's map is the output of its last block.
+    """
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.stem = conv_norm(3, config.stem, 3, 2)
+        blocks, strides, c_in, stride = [], [], config.stem, 2
+        for expansion, kernel, step, width in config.blocks:
+            blocks.append(InvertedResidual(c_in, width, expansion, kernel, step))
+            stride *= step
+            c_in = width
+            strides.append(stride)
+        self.blocks = nn.ModuleList(blocks)
+        self.head = conv_norm(c_in, config.head)
+        self.strides = tuple(strides)
+        last = {s: i for i, s in enumerate(strides)}
+        self.taps = {i: s for s, i in last.items() if s >= 4}  # block index -> stride
+        self.widths = {s: config.blocks[i][3] for i, s in self.taps.items()}  # stride -> channels
+
+    def normalise(self, images: Tensor) -> Tensor:  # uint8 [B, 3, H, W] -> float [B, 3, H, W]
+        return (images.float() - self.config.input_mean) / self.config.input_std
+
+    def early(self, x: Tensor, until: int) -> Tensor:
+        """The stem and blocks 0 .. until-1, of normalised pixels."""
+        x = F.relu6(self.stem(x))
+        for block in self.blocks[:until]:
+            x = block(x)
+        return x
+
+    def late(self, x: Tensor, since: int) -> tuple[dict[int, Tensor], Tensor]:
+        """Blocks since .. end on the output of `early`; maps of the strides tapped there, and the pooled head."""
+        maps = {}
+        for i in range(since, len(self.blocks)):
+            x = self.blocks[i](x)
+            if i in self.taps:
+                maps[self.taps[i]] = x  # [B, C_s, H/s, W/s]
+        pooled = F.relu6(self.head(x)).mean((2, 3))  # [B, head]
+        return maps, pooled
+
+    def forward(self, images: Tensor) -> tuple[dict[int, Tensor], Tensor]:
+        """uint8 [B, 3, H, W] -> {stride: [B, C_s, H/s, W/s]} at strides 4, 8, 16, 32, and pooled [B, head]."""
+        x = self.normalise(images).to(self.stem[0].weight.dtype).to(memory_format=torch.channels_last)
+        return self.late(F.relu6(self.stem(x)), 0)
+
+
+@torch.no_grad()
+def fold_norms(module: nn.Module) -> None:
+    """Fold every batch norm into the convolution before it, in place: the same function in fewer passes."""
+    for child in module.modules():
+        if not (isinstance(child, nn.Sequential) and len(child) == 2 and isinstance(child[1], nn.BatchNorm2d)):
+            continue
+        conv, norm = child[0], child[1]
+        assert isinstance(conv, SameConv) and norm.running_var is not None and norm.running_mean is not None
+        scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+        conv.weight.mul_(scale[:, None, None, None])
+        conv.bias = nn.Parameter(norm.bias - norm.running_mean * scale)
+        child[1] = nn.Identity()

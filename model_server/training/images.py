@@ -1,0 +1,61 @@
+"""Images in memory and their augmentation: crop, dihedral turn, brightness, contrast and colour."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor
+from torch.nn import functional as F
+
+from model_server.training.records import Record, load_image
+
+
+def load_images(records: Sequence[Record], title: str) -> list[np.ndarray]:
+    """Decode the first image of each record to uint8 [H, W, 3], two at a time, with a progress bar."""
+    with ThreadPoolExecutor(2) as pool:
+        decoded = pool.map(lambda r: load_image(r.images[0]), records)
+        return list(track(decoded, description=title, total=len(records)))
+
+
+def square(image: np.ndarray, side: int) -> Tensor:
+    """uint8 [H, W, 3] -> uint8 [3, side, side]; bilinear with antialiasing, the same at training and serving."""
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    if x.shape[-2:] != (side, side):
+        x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+    return x[0].contiguous()
+
+
+def augmented(image: np.ndarray, side: int, rng: np.random.Generator, min_crop: float = 0.75) -> Tensor:
+    """A random view as uint8 [3, side, side]: crop, one of the eight turns of the square, photometric change."""
+    h, w = image.shape[:2]
+    share = rng.uniform(min_crop, 1.0)
+    ch, cw = (round(n * share * rng.uniform(0.94, 1.0)) for n in (h, w))
+    top, left = int(rng.integers(0, h - ch + 1)), int(rng.integers(0, w - cw + 1))
+    x = square(image[top : top + ch, left : left + cw], side)
+    turn = int(rng.integers(8))
+    x = torch.rot90(x, turn % 4, (1, 2))
+    if turn >= 4:
+        x = x.flip(2)
+    contrast, brightness = rng.uniform(0.8, 1.2, 2)
+    gain = rng.uniform(0.94, 1.06, 3) * brightness
+    offset = float(x[:, ::8, ::8].float().mean()) * (gain - contrast)
+    levels = np.arange(256)[None] * contrast + offset[:, None]  # a table of 256 levels a channel
+    table = torch.from_numpy(levels.clip(0, 255).astype(np.uint8))
+    return torch.stack([table[c][x[c].long()] for c in range(3)])
+
+
+def batches(
+    images: Sequence[np.ndarray], order: Sequence[np.ndarray], side: int, seed: int, first: int = 0
+) -> Iterator[tuple[int, np.ndarray, Tensor]]:
+    """Yield (step, indices, uint8 [B, 3, side, side]) for each index array of `order` from step `first`.
+
+    Each batch has a random generator of its own, so a run resumed at a later step sees the same views. Made in
+    the calling thread: a second one costs more than it saves where every core already runs the network.
+    """
+    for step in range(first, len(order)):
+        rng = np.random.default_rng((seed, step))
+        yield step, order[step], torch.stack([augmented(images[i], side, rng) for i in order[step]])
