@@ -8,10 +8,10 @@ No pickle, no base64.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.numpy import load, save
 
 MAX_TILES = 256
@@ -19,8 +19,10 @@ MAX_TILE_SIDE = 2048
 MAX_TEXT = 500
 MAX_LABELS = 200
 MAX_LABEL_LENGTH = 80
+MAX_BODY_BYTES = 256 * 2**20
 
 Task = Literal["caption", "vqa", "classify"]
+Label = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_LENGTH)]
 AnswerKind = Literal["yes_no", "count", "area", "category", "text"]
 
 
@@ -33,8 +35,14 @@ class PerceiveRequest(Wire):
 
     task: Task
     text: str = Field(default="", max_length=MAX_TEXT, description="vqa: the question")
-    labels: list[str] = Field(default_factory=list, max_length=MAX_LABELS, description="classify: empty = taxonomy")
+    labels: list[Label] = Field(default_factory=list, max_length=MAX_LABELS, description="classify: empty = taxonomy")
     detail: Literal["short", "full"] = "short"
+
+    @model_validator(mode="after")
+    def _question_is_asked(self) -> PerceiveRequest:
+        if self.task == "vqa" and not self.text.strip():
+            raise ValueError("a vqa request needs its question in `text`")
+        return self
 
 
 class TileCaption(Wire):
