@@ -87,10 +87,11 @@ def is_mass(noun: str) -> bool:
 
 
 def with_article(noun: str) -> str:
-    """ "an airplane", "a road"; a mass noun has no article."""
+    """The noun with its article, "an airplane"; a mass noun has none."""
     if is_mass(noun):
         return noun
-    return ("an " if noun[:1] in "aeio" or noun.startswith(("un", "up")) else "a ") + noun
+    vowel = noun[:1] in "aeiou" and not noun.startswith(("uni", "use", "uti"))
+    return ("an " if vowel else "a ") + noun
 
 
 def _singular_word(words: str) -> str:
@@ -126,7 +127,7 @@ _TEMPLATES: tuple[tuple[Kind, str], ...] = (
     ("presence", r"does this picture contain (?:an? )?(?P<subject>.+?)"),
     ("presence", r"is (?:there )?an? (?P<subject>.+?)(?: present)?"),
 )
-_PATTERNS = [(kind, re.compile(template + _PICTURE)) for kind, template in _TEMPLATES]
+_PATTERNS: list[tuple[Kind, re.Pattern[str]]] = [(kind, re.compile(template + _PICTURE)) for kind, template in _TEMPLATES]
 _NOUN = re.compile(rf"(?P<head>[a-z]+(?: (?!at |on |next )[a-z]+){{0,4}}?)(?: (?P<tail>{_RELATION} .+))?")
 _TAIL = re.compile(rf"(?P<relation>{_RELATION}) (?P<article>the|an?) (?P<anchor>[a-z]+(?: [a-z]+){{0,4}})")
 

@@ -1,0 +1,126 @@
+"""`python -m model_server.evaluation DATA_DIR --sets ucm --tasks caption,classify,vqa --out results.json`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from model_server.evaluation.answering import evaluate_answers
+from model_server.evaluation.asking import Model
+from model_server.evaluation.captioning import evaluate_captions
+from model_server.evaluation.classification import evaluate_classes
+from model_server.evaluation.dataset import EvaluatedSet, read_set
+from model_server.evaluation.report import markdown, print_tables
+from model_server.evaluation.results import Results
+from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver
+from model_server.training.records import DataError, set_names
+
+TASKS: dict[str, Callable[[Model, EvaluatedSet, Results], None]] = {
+    "caption": evaluate_captions,
+    "classify": evaluate_classes,
+    "vqa": evaluate_answers,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Evaluate the model on a data directory, write and print what was measured; 2 when there is nothing to measure."""
+    options = _parser().parse_args(arguments)
+    console = Console()
+    model = Perceiver.load(options.weights)
+    try:
+        results = evaluate(model, options)
+    except DataError as error:
+        console.print(f"[red]{error}[/red]")
+        return 2
+    results.write(options.out)
+    print_tables(results, console)
+    if options.report is not None:
+        page = markdown(results, model.info, _command(options), datetime.now(UTC).date().isoformat())
+        options.report.parent.mkdir(parents=True, exist_ok=True)
+        options.report.write_text(page)
+    return 0
+
+
+def evaluate(model: Model, options: argparse.Namespace) -> Results:
+    """Run every task on every set. A set that is not there is noted; raises DataError when none of them is."""
+    results = Results()
+    there = set_names(options.data_dir)
+    if not any(name in there for name in options.sets):
+        raise DataError(
+            f"{options.data_dir} holds none of {', '.join(options.sets)}; it has: {', '.join(there) or 'none'}"
+        )
+    train_dir = options.train_data or options.data_dir
+    for name in options.sets:
+        if name not in there:
+            results.notes.append(f"{name}: {options.data_dir} has no such set")
+            continue
+        data = read_set(options.data_dir, train_dir, name, options.split, options.limit, options.out.parent)
+        if not data.records:
+            results.notes.append(f"{name}: no record of split {options.split!r}")
+            continue
+        results.sets.append(data.info)
+        for task in options.tasks:
+            TASKS[task](model, data, results)
+    return results
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m model_server.evaluation", description="Measure the model on labelled data."
+    )
+    parser.add_argument("data_dir", type=Path, help="folder of sets, each with a records.jsonl")
+    parser.add_argument("--sets", type=_names, required=True, help="comma-separated, e.g. ucm,rsicd_aid")
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--tasks", type=_tasks, default=list(TASKS), help=f"of {','.join(TASKS)}; default all")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the results")
+    parser.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="checkpoint; default the embedded one")
+    parser.add_argument("--limit", type=_positive, help="this many images of each set, evenly spread")
+    parser.add_argument("--report", type=Path, help="Markdown page to write, e.g. docs/RESULTS.md")
+    parser.add_argument(
+        "--train-data", type=Path, help="where the training records for the controls are; default DATA_DIR"
+    )
+    return parser
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _tasks(text: str) -> list[str]:
+    names = _names(text)
+    if not names or not set(names) <= TASKS.keys():
+        raise argparse.ArgumentTypeError(f"{text!r}: the tasks are {', '.join(TASKS)}")
+    return names
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of images")
+    return int(text)
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command that measures the same again; folders that differ between machines stand as names."""
+    parts = [
+        "python -m model_server.evaluation DATA_DIR",
+        f"--sets {','.join(options.sets)}",
+        f"--split {options.split}",
+    ]
+    parts += [f"--tasks {','.join(options.tasks)}", f"--out {options.out.name}"]
+    if options.weights != DEFAULT_WEIGHTS:
+        parts.append("--weights WEIGHTS_DIR")
+    if options.limit is not None:
+        parts.append(f"--limit {options.limit}")
+    if options.train_data is not None:
+        parts.append("--train-data TRAIN_DATA_DIR")
+    parts.append("--report docs/RESULTS.md")
+    return " ".join(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""Measures of short answers and class decisions: exact match, balanced accuracy, RSVQA's bins, calibration error."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+_UNITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+_UNITS += ["thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+_NUMBERS = {word: value for value, word in enumerate(_UNITS)}
+for _i, _ten in enumerate(_TENS, start=2):
+    _NUMBERS[_ten] = 10 * _i
+    _NUMBERS |= {f"{_ten} {_UNITS[unit]}": 10 * _i + unit for unit in range(1, 10)}
+
+_BIN_EDGES = {"count": (0, 10, 100, 1000), "area": (0, 10, 100, 1000)}
+
+
+def normalise(answer: str) -> str:
+    """The form in which answers are compared.
+
+    Lower case, punctuation and spare white space dropped, no space before a unit ("431 m2" is "431m2"), a number in
+    words up to ninety-nine as digits ("twenty-two" is "22").
+    """
+    text = " ".join(re.sub(r"[^\w\s.]|\.(?!\d)|_", " ", answer.lower().replace("m²", "m2")).split())
+    text = re.sub(r"(\d) (m2)\b", r"\1\2", text)
+    return str(_NUMBERS[text]) if text in _NUMBERS else text
+
+
+def matches(predicted: Sequence[str], truth: Sequence[str]) -> np.ndarray:
+    """Whether each answer is the true one in its normal form: bool [n]."""
+    return np.array([normalise(p) == normalise(t) for p, t in zip(predicted, truth, strict=True)], dtype=bool)
+
+
+def rsvqa_bin(answer: str, kind: str) -> str:
+    """The bin of a count or an area as RSVQA scores it: 0, to 10, to 100, to 1000, above.
+
+    An answer of another kind, or one without a number, is only normalised.
+    """
+    text = normalise(answer)
+    number = re.match(r"\d+(\.\d+)?", text)
+    if kind not in _BIN_EDGES or number is None:
+        return text
+    edges = _BIN_EDGES[kind]
+    value = float(number.group())
+    return next((f"<= {edge}" for edge in edges if value <= edge), f"> {edges[-1]}")
+
+
+def balanced_accuracy(correct: np.ndarray, truth: Sequence[str]) -> float:
+    """Mean over the true answers of the share answered right, so that a constant answer gets 1 / their number."""
+    groups: defaultdict[str, list[bool]] = defaultdict(list)
+    for right, answer in zip(correct, truth, strict=True):
+        groups[normalise(answer)].append(bool(right))
+    return float(np.mean([np.mean(group) for group in groups.values()]))
+
+
+def expected_calibration_error(confidence: Sequence[float], correct: np.ndarray, bins: int = 15) -> float:
+    """Mean gap between confidence and accuracy over equal bins of confidence, weighted by how many fall in each."""
+    sure = np.asarray(confidence, dtype=np.float64)
+    place = np.minimum((sure * bins).astype(int), bins - 1)
+    gaps = [
+        np.count_nonzero(place == b) * abs(sure[place == b].mean() - correct[place == b].mean())
+        for b in np.unique(place)
+    ]
+    return float(np.sum(gaps) / len(sure))

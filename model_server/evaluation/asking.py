@@ -1,0 +1,55 @@
+"""Putting many queries to the resident model in batches, with or without the image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Protocol, TypeVar
+
+import numpy as np
+from rich.progress import track
+
+from model_server.perceiver import Query
+from model_server.protocol import ModelInfo, TileCaption, TileClasses, TileVqa
+
+BATCH = 32
+
+Answer = TypeVar("Answer", TileCaption, TileVqa, TileClasses)
+
+
+class Model(Protocol):
+    """The part of the resident model that an evaluation needs."""
+
+    info: ModelInfo
+
+    def answer(self, queries: Sequence[Query]) -> Sequence[TileCaption | TileVqa | TileClasses]: ...
+
+    def image_features(self, images: Sequence[np.ndarray]) -> np.ndarray: ...
+
+
+def ask(model: Model, queries: Iterable[Query], total: int, kind: type[Answer], title: str) -> list[Answer]:
+    """Answers of one kind to a stream of queries, in their order.
+
+    The stream is consumed batch by batch, so that images are decoded only when their batch comes up. Raises TypeError
+    when the model answers with another kind than `kind`.
+    """
+    answers: list[Answer] = []
+    batches = _batches(queries)
+    for batch in track(batches, title, total=-(-total // BATCH), transient=True):
+        for answer in model.answer(batch):
+            if not isinstance(answer, kind):
+                raise TypeError(f"asked for {kind.__name__}, the model answered {type(answer).__name__}")
+            answers.append(answer)
+    return answers
+
+
+def mean_colour(image: np.ndarray) -> np.ndarray:
+    """An image of the same size, uint8 [H, W, 3], of the mean colour and nothing else: what the blind control sees."""
+    colour = image.reshape(-1, 3).mean(axis=0).round().astype(np.uint8)
+    return np.broadcast_to(colour, image.shape).copy()
+
+
+def _batches(queries: Iterable[Query]) -> Iterator[list[Query]]:
+    stream = iter(queries)
+    while batch := list(islice(stream, BATCH)):
+        yield batch
