@@ -1,0 +1,182 @@
+"""`rs-tools`: the same answers as over MCP, for scripts and people at a terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rs_tools.client import ModelClient
+from rs_tools.errors import PerceptionError
+from rs_tools.imagery.access import AccessPolicy
+from rs_tools.results import ClassifyResult, InspectResult, ListResult, Result
+from rs_tools.summary import summarize
+from rs_tools.tools import Tools
+
+EXIT_REFUSED = 1  # the image, the region or the question cannot be answered; typer exits with 2 on wrong usage
+
+app = typer.Typer(
+    help="Look at satellite and aerial images: inspect, list, caption, vqa, classify.\n\n"
+    "The first question starts a model server for this user, which stays ready for a while.",
+    epilog="Exit status: 0 answered, 1 the image or question was refused (the reason is on stderr), 2 wrong usage.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+Image = Annotated[Path, typer.Argument(help="Path of the image: GeoTIFF, PNG, JPEG, ...", show_default=False)]
+Region = Annotated[
+    tuple[int, int, int, int] | None,
+    typer.Option(metavar="X1 Y1 X2 Y2", help="Pixels from the top-left corner; the whole image without it."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the whole result as JSON.")]
+
+
+@app.command(epilog="Example: rs-tools inspect scene.tif")
+def inspect(image: Image, as_json: AsJson = False) -> None:
+    """Size, bands, coordinate reference system, place and metres per pixel of IMAGE."""
+    _run(image.parent, lambda tools: tools.inspect_image(_name(image)), as_json)
+
+
+@app.command("list", epilog="Example: rs-tools list ~/imagery")
+def list_images(
+    folder: Annotated[Path, typer.Argument(help="Folder to look in.")] = Path("."), as_json: AsJson = False
+) -> None:
+    """The images in FOLDER that the other commands can read."""
+    if not folder.is_dir():
+        raise typer.BadParameter(f"{folder} is not a folder")
+    _run(folder, lambda tools: tools.list_images(), as_json)
+
+
+@app.command(epilog="Example: rs-tools caption scene.tif --region 0 0 512 512")
+def caption(
+    image: Image,
+    region: Region = None,
+    detail: Annotated[Literal["short", "full"], typer.Option(help="One sentence, or more of what is seen.")] = "short",
+    as_json: AsJson = False,
+) -> None:
+    """Say in words what IMAGE shows."""
+    _run(image.parent, lambda tools: tools.caption(_name(image), _pixels(region), detail), as_json)
+
+
+@app.command(epilog='Example: rs-tools vqa scene.tif "Is there a river?"')
+def vqa(
+    image: Image,
+    question: Annotated[str, typer.Argument(help="One question about what is visible.", show_default=False)],
+    region: Region = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer QUESTION about IMAGE, with a calibrated confidence."""
+    _run(image.parent, lambda tools: tools.vqa(_name(image), question, _pixels(region)), as_json)
+
+
+@app.command(epilog="Example: rs-tools classify scene.tif --label forest --label farmland --label city")
+def classify(
+    image: Image,
+    label: Annotated[
+        list[str] | None, typer.Option(help="A class to choose from; repeat it. The model's own classes without it.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="How many of the likeliest classes to print.")] = 5,
+    region: Region = None,
+    as_json: AsJson = False,
+) -> None:
+    """Which scene class IMAGE belongs to."""
+    _run(image.parent, lambda tools: tools.classify(_name(image), label or [], top_k, _pixels(region)), as_json)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    epilog="Example: rs-tools serve --help",
+)
+def serve(context: typer.Context) -> None:
+    """Run the model server in the foreground; the options are those of rs-model-server."""
+    # A process of its own in place of this one: the tools never load torch.
+    os.execv(sys.executable, [sys.executable, "-m", "model_server.app", *context.args])
+
+
+def _name(image: Path) -> str:
+    return str(image.absolute())
+
+
+def _pixels(region: tuple[int, int, int, int] | None) -> list[int]:
+    return [] if region is None else list(region)
+
+
+def _run(folder: Path, ask: Callable[[Tools], Awaitable[Result]], as_json: bool) -> None:
+    """Ask with `folder` as the one allowed root: whoever names a file at a terminal may read it."""
+    try:
+        result = asyncio.run(_asked(AccessPolicy([folder.absolute()]), ask))
+    except PerceptionError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        raise typer.Exit(EXIT_REFUSED) from error
+    if as_json:
+        print(result.model_dump_json(indent=2))
+    else:
+        _show(result)
+
+
+async def _asked(policy: AccessPolicy, ask: Callable[[Tools], Awaitable[Result]]) -> Result:
+    client = ModelClient()
+    try:
+        return await ask(Tools(policy, client))
+    finally:
+        await client.aclose()
+
+
+def _show(result: Result) -> None:
+    console = Console(soft_wrap=True)
+    if isinstance(result, InspectResult | ListResult | ClassifyResult):
+        console.print(_table(result))
+        for warning in result.warnings:
+            console.print(f"[yellow]Warning:[/] {escape(warning)}", highlight=False)
+    else:
+        console.print(escape(summarize(result)), highlight=False)
+
+
+def _table(result: InspectResult | ListResult | ClassifyResult) -> Table:
+    match result:
+        case ClassifyResult():
+            table = Table("class", "probability", box=None)
+            for one in result.top:
+                table.add_row(escape(one.label), f"{one.score:.3f}")
+        case ListResult():
+            table = Table("image", "size", "bands", "type", box=None)
+            for image in result.images:
+                size = f"{image.width} x {image.height}"
+                table.add_row(escape(image.image), size, str(image.band_count), image.dtype)
+        case InspectResult():
+            table = Table(show_header=False, box=None)
+            for name, value in _facts(result).items():
+                table.add_row(f"[bold]{name}[/]", escape(value))
+    return table
+
+
+def _facts(result: InspectResult) -> dict[str, str]:
+    bands = ", ".join(f"{band.index} {band.description or band.color}" for band in result.bands)
+    place = ", ".join(f"{degrees:.6f}" for degrees in result.bounds_wgs84 or [])
+    crs = "none" if result.crs_wkt is None else f"EPSG:{result.epsg}" if result.epsg else result.crs_wkt
+    return {
+        "size": f"{result.width} x {result.height} pixels",
+        "bands": f"{bands} ({result.dtype})",
+        "nodata": "none" if result.nodata is None else str(result.nodata),
+        "crs": crs,
+        "west, south, east, north": place or "unknown",
+        "metres per pixel": "unknown" if result.gsd_m is None else f"{result.gsd_m:.4g}",
+        "modality": f"{result.modality} ({result.modality_reason})",
+    }
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()
