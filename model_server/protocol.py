@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.numpy import load, save
 
+SERVICE = "rs-perception-model-server"  # how /health names itself
 MAX_TILES = 256
 MAX_TILE_SIDE = 2048
 MAX_TEXT = 500

@@ -1,0 +1,193 @@
+"""The model server's process and the `rs-model-server` command: socket, start in the background, idle end, drain.
+
+Nothing here imports torch: the socket listens within a fraction of a second of the start, while the worker thread
+imports torch and loads the model. `/ready` says when that is done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import ipaddress
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+import uvicorn
+
+from model_server.api import Activity, create_app
+from model_server.engine import Engine
+
+if TYPE_CHECKING:
+    from model_server.perceiver import Perceiver
+
+logger = logging.getLogger(__name__)
+
+DRAIN_S = 60
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # some other name: it may lead anywhere
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket. Raises OSError: the address is taken or not ours."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    sock = socket.socket(family, kind, protocol)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(address)
+    sock.listen(128)
+    return sock
+
+
+async def serve(
+    load: Callable[[], Perceiver], sock: socket.socket, *, token: str | None = None, idle_exit_s: float = 0
+) -> int:
+    """Serve until SIGTERM, SIGINT or `idle_exit_s` seconds without a call (0 = for ever); drain; return the exit code.
+
+    The model loads in the background. When that fails the server ends with code 1.
+    """
+    engine = Engine(load)
+    app = create_app(engine, token=token)
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=DRAIN_S)
+    server = uvicorn.Server(config)
+    background = asyncio.create_task(_load_then_watch(engine, app.state.activity, idle_exit_s))
+    background.add_done_callback(lambda _: setattr(server, "should_exit", True))
+    try:
+        await server.serve(sockets=[sock])
+    finally:
+        failed = background.done() and background.exception() is not None
+        background.cancel()
+        await engine.close()
+        logger.info("stopped")
+    return int(failed)
+
+
+async def _load_then_watch(engine: Engine, activity: Activity, idle_exit_s: float) -> None:
+    started = time.monotonic()
+    try:
+        await engine.start()
+    except Exception as error:
+        logger.exception("loading failed")
+        logger.error("the model could not be loaded: %s: %s", type(error).__name__, error)
+        raise
+    logger.info("ready load_s=%.2f", time.monotonic() - started)
+    activity.last = time.monotonic()
+    if not idle_exit_s:
+        await asyncio.Event().wait()  # for ever: signals end the server
+    while (left := idle_exit_s - activity.idle_s()) > 0:  # noqa: ASYNC110 - what is waited for is the clock
+        await asyncio.sleep(max(left, 0.1))
+    logger.info("idle for %.0f s, ending", idle_exit_s)
+
+
+class OneLine(logging.Formatter):
+    """One record, one line: a message or traceback with line breaks has them escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record).replace("\r", "\\r").replace("\n", "\\n")
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep freed blocks: by default each large activation is mapped, zeroed and unmapped anew."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, TypeError, OSError):
+        return  # not glibc
+    m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8  # malloc.h
+    mallopt(m_mmap_threshold, 32 << 20)  # the most that glibc accepts
+    mallopt(m_trim_threshold, 1 << 30)
+    mallopt(m_arena_max, 2)
+
+
+def _loader(weights: Path | None, device: str, threads: int) -> Callable[[], Perceiver]:
+    def load() -> Perceiver:
+        import torch
+
+        from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver
+
+        if threads:
+            torch.set_num_threads(threads)
+        place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        perceiver = Perceiver.load(weights or DEFAULT_WEIGHTS, place)
+        perceiver.warm_up()
+        return perceiver
+
+    return load
+
+
+def _read_token(path: str) -> str:
+    token = (sys.stdin.readline() if path == "-" else Path(path).read_text()).strip()
+    if not token:
+        raise typer.BadParameter(f"{path} holds no token")
+    return token
+
+
+def command(
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; others than loopback need --token-file.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 = any free one.")] = 8765,
+    weights: Annotated[Path | None, typer.Option(help="Folder of a checkpoint; without it the embedded model.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto = the GPU where there is one.")] = "auto",
+    token_file: Annotated[
+        str | None, typer.Option(help="File with the bearer token that callers must send; - = first line of stdin.")
+    ] = None,
+    idle_exit: Annotated[float, typer.Option(min=0, help="End after so many SECONDS without a call; 0 = never.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads of the model; 0 = one per core.")] = 0,
+) -> None:
+    """Keep one remote-sensing model in memory and answer many callers over HTTP.
+
+    The first line on stdout is JSON with the url and the pid; log lines go to stderr. The url answers at once;
+    GET /ready turns from 503 to 200 when the model is loaded and warm. SIGTERM lets running requests finish.
+
+    You need not start it yourself: rs-mcp and rs-tools start one for you and share it. Start it by hand to put it on
+    another machine or GPU:
+
+        rs-model-server --device cuda --host 0.0.0.0 --token-file ~/.rs-token
+    """
+    # Before uvicorn takes over the signals there is nothing to drain; after it has drained it raises them again.
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop, lambda *_: sys.exit(0))
+    token = _read_token(token_file) if token_file else None
+    if token is None and not is_loopback(host):
+        raise typer.BadParameter(f"{host} can be reached from other machines: give --token-file, or use 127.0.0.1")
+    _log_to_stderr()
+    _keep_freed_memory()
+    try:
+        sock = bind(host, port)
+    except OSError as error:
+        raise typer.BadParameter(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+    name, bound = sock.getsockname()[:2]
+    url = f"http://[{name}]:{bound}" if ":" in name else f"http://{name}:{bound}"
+    print(json.dumps({"url": url, "pid": os.getpid()}), flush=True)
+    logger.info("listening url=%s", url)
+    sys.exit(asyncio.run(serve(_loader(weights, device, threads), sock, token=token, idle_exit_s=idle_exit)))
+
+
+def main() -> None:
+    """Console script `rs-model-server`."""
+    typer.run(command)
+
+
+if __name__ == "__main__":
+    main()

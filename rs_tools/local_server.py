@@ -1,0 +1,220 @@
+"""One local model server per user, shared by every process: found through a state file, started when there is none.
+
+The state file (mode 0600, in `state_dir()`) holds url, token and pid. Its name carries the weights: other weights, or
+weights that were replaced on disk, get a server of their own and the old one ends by being idle. A lock on the
+folder makes finding and starting one step: two processes that start at once get one server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import secrets
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from model_server import protocol
+from rs_tools.errors import ServerUnavailable
+
+IDLE_EXIT_S = 15 * 60
+ANNOUNCE_S = 30
+PROBE_S = 10
+
+
+class LocalServer(BaseModel):
+    """How to reach the running server, and where it writes its log."""
+
+    url: str
+    token: str
+    pid: int
+    log: Path
+
+    def log_tail(self) -> str:
+        return _tail(self.log)
+
+
+def find_or_start(weights: str | None) -> LocalServer:
+    """The user's server for these weights (None: the embedded model); it may still be loading them.
+
+    Blocks: at once when it runs, otherwise about the start of a Python process, at most `ANNOUNCE_S`.
+
+    Raises:
+        ServerUnavailable: it cannot be started, or does not answer though its process lives.
+    """
+    if sys.platform == "win32":
+        raise ServerUnavailable(
+            "a local model server is started on Linux and macOS only: "
+            "run `rs-model-server` yourself and give its url, http://127.0.0.1:8765"
+        )
+    directory = state_dir()
+    name = f"server-{_key(weights)}"
+    state = directory / f"{name}.json"
+    with _lock(directory):
+        running = _read(state)
+        if running is not None and _answers(running):
+            return running
+        _sweep(directory, state)
+        server = _start(weights, directory / f"{name}.log")
+        _write(state, server)
+        return server
+
+
+def state_dir() -> Path:
+    """The folder of state files: $RS_PERCEPTION_STATE, else a cache folder of the user. Only the user may enter it.
+
+    The cache folder and not the session's runtime folder: a desktop application and a login shell have different
+    runtime folders, or none, and would not find each other's server.
+    """
+    configured = os.environ.get("RS_PERCEPTION_STATE")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    directory = Path(configured) if configured else cache / "rs-perception"
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = directory.stat()
+    except OSError as error:
+        raise ServerUnavailable(
+            f"no state of the local model server can be kept in {directory} ({error.strerror}): "
+            "set RS_PERCEPTION_STATE to a folder that you own"
+        ) from error
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise ServerUnavailable(
+            f"{directory} can be written by others, who could put a server of their own in the place of yours: "
+            "set RS_PERCEPTION_STATE to a folder that only you may write"
+        )
+    return directory
+
+
+def _key(weights: str | None) -> str:
+    """A short name for these weights, as they are on disk now, on this machine."""
+    embedded = Path(protocol.__file__).parent / "weights"
+    root = Path(weights).expanduser().resolve() if weights else embedded
+    seen = [platform.node(), sys.executable, str(root)]
+    for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
+        with contextlib.suppress(FileNotFoundError):  # the server itself says that they are missing
+            status = path.stat()
+            seen.append(f"{path} {status.st_size} {status.st_mtime_ns}")
+    return hashlib.sha256("\n".join(seen).encode()).hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def _lock(directory: Path) -> Iterator[None]:
+    import fcntl  # not on Windows, where this module must still import
+
+    with (directory / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # goes with the file, also when this process is killed
+        yield
+
+
+def _read(state: Path) -> LocalServer | None:
+    try:
+        return LocalServer.model_validate_json(state.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def _write(state: Path, server: LocalServer) -> None:
+    new = state.with_suffix(".new")
+    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(server.model_dump_json())
+    new.replace(state)
+
+
+def _answers(server: LocalServer) -> bool:
+    """Whether it is alive and itself: after a kill or a reboot another program may hold its port."""
+    try:
+        health = httpx.get(f"{server.url}/health", timeout=PROBE_S, trust_env=False).json()
+    except httpx.TimeoutException as error:
+        raise ServerUnavailable(
+            f"the local model server at {server.url} (process {server.pid}) accepts calls but does not answer: "
+            f"end that process and call again; its log is {server.log}"
+        ) from error
+    except (httpx.TransportError, json.JSONDecodeError, UnicodeDecodeError):
+        return False
+    return isinstance(health, dict) and health.get("service") == protocol.SERVICE and health.get("pid") == server.pid
+
+
+def _sweep(directory: Path, wanted: Path) -> None:
+    """Drop what servers of other weights left behind that are gone."""
+    for state in directory.glob("server-*.json"):
+        server = _read(state)
+        if state != wanted and (server is None or not _is_process(server.pid)):
+            for left in directory.glob(f"{state.stem}.*"):
+                left.unlink(missing_ok=True)
+
+
+def _is_process(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # the number belongs to another user's process now
+        return False
+    return True
+
+
+# Servers that this process started: polling them keeps a dead one from staying a zombie.
+_children: list[subprocess.Popen[bytes]] = []
+
+
+def _start(weights: str | None, log: Path) -> LocalServer:
+    if importlib.util.find_spec("torch") is None:
+        raise ServerUnavailable(
+            "no model server is configured and none can be started here, because torch is not installed: "
+            "`pip install 'rs-perception[server]'`, or give the url of a running rs-model-server"
+        )
+    _children[:] = [child for child in _children if child.poll() is None]
+    token = secrets.token_urlsafe(32)
+    # -P: no module of the caller's working folder may stand in for one of ours.
+    arguments = [sys.executable, "-P", "-m", "model_server.app", "--port", "0", "--token-file", "-"]
+    arguments += ["--idle-exit", str(IDLE_EXIT_S)]
+    if weights:
+        arguments += ["--weights", str(Path(weights).expanduser().resolve())]
+    with contextlib.suppress(FileNotFoundError):
+        log.replace(log.with_suffix(".log.old"))  # why the previous one ended
+    with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stderr:
+        process = subprocess.Popen(
+            arguments,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            cwd=log.parent,
+            start_new_session=True,  # it outlives this process and its terminal
+        )
+    _children.append(process)
+    line = _announcement(process, token)
+    if not line:
+        process.kill()
+        raise ServerUnavailable(f"the local model server did not start: {_tail(log)}")
+    return LocalServer(url=json.loads(line)["url"], token=token, pid=process.pid, log=log)
+
+
+def _announcement(process: subprocess.Popen[bytes], token: str) -> bytes:
+    """Hand over the token and read the line with the url; empty when the process ended or said nothing in time."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process.stdout as stdout, contextlib.suppress(BrokenPipeError):  # a dead process: its log says why
+        with process.stdin as stdin:
+            stdin.write(f"{token}\n".encode())
+        deadline = time.monotonic() + ANNOUNCE_S
+        if select.select([stdout], [], [], deadline - time.monotonic())[0]:
+            return stdout.readline()
+    return b""
+
+
+def _tail(log: Path) -> str:
+    try:
+        text = log.read_text(errors="replace").strip()
+    except FileNotFoundError:
+        text = ""
+    return f"{text[-600:] or 'it said nothing'} (log: {log})"
