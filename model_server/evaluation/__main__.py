@@ -29,7 +29,7 @@ TASKS: dict[str, Callable[[Model, EvaluatedSet, Results], None]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate the model on a data directory, write and print what was measured; 2 when there is nothing to measure."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     console = Console()
     model = Perceiver.load(options.weights)
     try:
@@ -69,22 +69,23 @@ def evaluate(model: Model, options: argparse.Namespace) -> Results:
     return results
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    arguments = argparse.ArgumentParser(
         prog="python -m model_server.evaluation", description="Measure the model on labelled data."
     )
-    parser.add_argument("data_dir", type=Path, help="folder of sets, each with a records.jsonl")
-    parser.add_argument("--sets", type=_names, required=True, help="comma-separated, e.g. ucm,rsicd_aid")
-    parser.add_argument("--split", default="val")
-    parser.add_argument("--tasks", type=_tasks, default=list(TASKS), help=f"of {','.join(TASKS)}; default all")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file for the results")
-    parser.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="checkpoint; default the embedded one")
-    parser.add_argument("--limit", type=_positive, help="this many images of each set, evenly spread")
-    parser.add_argument("--report", type=Path, help="Markdown page to write, e.g. docs/RESULTS.md")
-    parser.add_argument(
+    arguments.add_argument("data_dir", type=Path, help="folder of sets, each with a records.jsonl")
+    arguments.add_argument("--sets", type=_names, required=True, help="comma-separated, e.g. ucm,rsicd_aid")
+    arguments.add_argument("--split", default="val")
+    arguments.add_argument("--tasks", type=_tasks, default=list(TASKS), help=f"of {','.join(TASKS)}; default all")
+    arguments.add_argument("--out", type=Path, required=True, help="JSON file for the results")
+    arguments.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="checkpoint; default the embedded one")
+    arguments.add_argument("--limit", type=_positive, help="this many images of each set, evenly spread")
+    arguments.add_argument("--report", type=Path, help="Markdown page to write, e.g. docs/RESULTS.md")
+    arguments.add_argument(
         "--train-data", type=Path, help="where the training records for the controls are; default DATA_DIR"
     )
-    return parser
+    return arguments
 
 
 def _names(text: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Protocol, TypeVar
@@ -14,6 +15,7 @@ from model_server.protocol import ModelInfo, TileCaption, TileClasses, TileVqa
 
 BATCH = 32
 
+Item = TypeVar("Item")
 Answer = TypeVar("Answer", TileCaption, TileVqa, TileClasses)
 
 
@@ -35,7 +37,7 @@ def ask(model: Model, queries: Iterable[Query], total: int, kind: type[Answer], 
     """
     answers: list[Answer] = []
     batches = _batches(queries)
-    for batch in track(batches, title, total=-(-total // BATCH), transient=True):
+    for batch in progress(batches, title, -(-total // BATCH)):
         for answer in model.answer(batch):
             if not isinstance(answer, kind):
                 raise TypeError(f"asked for {kind.__name__}, the model answered {type(answer).__name__}")
@@ -47,6 +49,11 @@ def mean_colour(image: np.ndarray) -> np.ndarray:
     """An image of the same size, uint8 [H, W, 3], of the mean colour and nothing else: what the blind control sees."""
     colour = image.reshape(-1, 3).mean(axis=0).round().astype(np.uint8)
     return np.broadcast_to(colour, image.shape).copy()
+
+
+def progress(items: Iterable[Item], title: str, total: int) -> Iterable[Item]:
+    """The items, behind a bar that goes away when they are done; no bar where nobody watches."""
+    return track(items, title, total=total, transient=True, disable=not sys.stdout.isatty())
 
 
 def _batches(queries: Iterable[Query]) -> Iterator[list[Query]]:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.progress import track
 
-from model_server.evaluation.asking import BATCH, Model
+from model_server.evaluation.asking import BATCH, Model, progress
 from model_server.evaluation.caption_metrics import Cider, Tokens, tokenize
 from model_server.training.records import Record, load_image
 
@@ -39,7 +38,7 @@ def image_features(model: Model, records: Sequence[Record], cache: Path | None, 
     chunks = [records[i : i + BATCH] for i in range(0, len(records), BATCH)]
     parts = [
         model.image_features([load_image(record.images[0]) for record in chunk])
-        for chunk in track(chunks, title, transient=True)
+        for chunk in progress(chunks, title, len(chunks))
     ]
     features = np.concatenate(parts).astype(np.float32)
     if cache is not None:
@@ -63,7 +62,7 @@ def consensus_captions(queries: np.ndarray, bank: Bank) -> list[Tokens]:
     scorer = Cider(bank.captions)
     return [
         _consensus(similarity, bank, scorer)
-        for similarity in track(queries @ bank.features.T, "neighbours' captions", transient=True)
+        for similarity in progress(queries @ bank.features.T, "neighbours' captions", len(queries))
     ]
 
 

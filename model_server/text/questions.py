@@ -127,7 +127,9 @@ _TEMPLATES: tuple[tuple[Kind, str], ...] = (
     ("presence", r"does this picture contain (?:an? )?(?P<subject>.+?)"),
     ("presence", r"is (?:there )?an? (?P<subject>.+?)(?: present)?"),
 )
-_PATTERNS: list[tuple[Kind, re.Pattern[str]]] = [(kind, re.compile(template + _PICTURE)) for kind, template in _TEMPLATES]
+_PATTERNS: list[tuple[Kind, re.Pattern[str]]] = [
+    (kind, re.compile(template + _PICTURE)) for kind, template in _TEMPLATES
+]
 _NOUN = re.compile(rf"(?P<head>[a-z]+(?: (?!at |on |next )[a-z]+){{0,4}}?)(?: (?P<tail>{_RELATION} .+))?")
 _TAIL = re.compile(rf"(?P<relation>{_RELATION}) (?P<article>the|an?) (?P<anchor>[a-z]+(?: [a-z]+){{0,4}})")
 
