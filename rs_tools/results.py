@@ -59,7 +59,9 @@ class Provenance(Model):
     image_digest: str = Field(default="", description="digest of the image's content")
     bands: list[int] = Field(default_factory=list, description="bands shown to the model, from 1, in order R, G, B")
     stretch: str = Field(default="", description="how band values became 8-bit values")
-    tile_grid: TileGrid | None = Field(default=None, description="tiles that the region was read in; null where none was read")
+    tile_grid: TileGrid | None = Field(
+        default=None, description="tiles that the region was read in; null where none was"
+    )
     elapsed_s: float = Field(default=0.0, description="seconds from call to answer")
 
 

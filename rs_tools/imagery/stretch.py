@@ -1,0 +1,88 @@
+"""From band values to 8 bits: one stretch for a whole scene, so that every window of it looks alike.
+
+The rule: a palette is looked up; 8-bit imagery that the file declares as red, green, blue stays as it is, and so does
+other 8-bit data whose values already fill the range; everything else is stretched linearly between the 2nd and 98th
+percentile of each band over the valid pixels. A single band whose values are spread as radar amplitudes are goes
+through decibels first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from rs_tools.imagery.bands import heavy_tailed
+
+_PERCENTILES = (2.0, 98.0)
+_FULL_ENOUGH = 96  # grey levels between the percentiles, of 255
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """How values become 8-bit values.
+
+    Attributes:
+        kind: `none` (values pass unchanged), `palette`, `linear` or `decibel`.
+        limits: (low, high) of each band, in decibels for `decibel`; empty for `none` and `palette`.
+        palette: uint8 [K, 4] red, green, blue, alpha of each value; for `palette` only.
+    """
+
+    kind: Literal["none", "palette", "linear", "decibel"]
+    limits: tuple[tuple[float, float], ...] = ()
+    palette: np.ndarray | None = None
+
+    def __str__(self) -> str:
+        if not self.limits:
+            return self.kind
+        limits = ", ".join(f"{low:.6g} to {high:.6g}" for low, high in self.limits)
+        return f"{self.kind}, percentiles {_PERCENTILES[0]:g} to {_PERCENTILES[1]:g} of the scene: {limits}"
+
+    def apply(self, values: np.ndarray) -> np.ndarray:
+        """uint8 [H, W, 3] of band values [C, H, W], C = 1 or 3. Values of invalid pixels come out arbitrary."""
+        if self.palette is not None:
+            index = np.clip(np.nan_to_num(values[0]), 0, len(self.palette) - 1).astype(np.intp)
+            return self.palette[index, :3]
+        if self.kind == "none":
+            scaled = np.nan_to_num(values)
+        else:
+            scaled = np.stack([self._scaled(band, *limits) for band, limits in zip(values, self.limits, strict=True)])
+        tile = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+        return np.ascontiguousarray(np.broadcast_to(tile, (3, *tile.shape[1:])).transpose(1, 2, 0))
+
+    def _scaled(self, band: np.ndarray, low: float, high: float) -> np.ndarray:
+        band = np.nan_to_num(band)
+        if self.kind == "decibel":
+            band = _decibels(band, floor=10 ** (low / 10))
+        if high <= low:  # one value everywhere: mid-grey
+            return np.full(band.shape, 127.5)
+        return (band.astype(np.float64) - low) * (255 / (high - low))
+
+
+def fit_stretch(sample: np.ndarray, *, eight_bit: bool) -> Stretch:
+    """The stretch of a scene.
+
+    Args:
+        sample: float [C, N] valid values of the chosen bands from all over the scene; N may be 0.
+        eight_bit: the file's type is uint8 (the values were not declared to be colours).
+    """
+    if sample.shape[1] == 0:
+        return Stretch("none")
+    if eight_bit:
+        low, high = np.percentile(sample, _PERCENTILES)
+        if high - low >= _FULL_ENOUGH:
+            return Stretch("none")
+    elif len(sample) == 1 and heavy_tailed(sample):
+        positive = sample[sample > 0]
+        return Stretch("decibel", _limits(_decibels(positive, floor=float(positive.min()))[None]))
+    return Stretch("linear", _limits(sample))
+
+
+def _limits(sample: np.ndarray) -> tuple[tuple[float, float], ...]:
+    low, high = np.percentile(sample, _PERCENTILES, axis=1)
+    return tuple(zip(low.tolist(), high.tolist(), strict=True))
+
+
+def _decibels(values: np.ndarray, floor: float) -> np.ndarray:
+    return 10 * np.log10(np.maximum(values.astype(np.float64), floor))
