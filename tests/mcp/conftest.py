@@ -1,0 +1,66 @@
+"""A real `rs-mcp` in front of a real `rs-model-server` with a tiny checkpoint, over both transports."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mcp import Client
+from mcp_processes import STARTED_S, Connect, ModelServer, accepts, free_port, running_model_server, stdio, wait_until
+
+SCENES = Path(__file__).parents[2] / "examples" / "data"
+TOKEN = "token-of-the-tests"
+
+
+@pytest.fixture(scope="session")
+def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("token") / "token"
+    path.write_text(TOKEN + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_server(debug_weights: Path, token_file: Path) -> Iterator[ModelServer]:
+    with running_model_server(debug_weights, token_file) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The one folder that the server may read: a real scene, and files that only look like one."""
+    folder = tmp_path_factory.mktemp("root")
+    scene = SCENES / "itaipu_landsat8.tif"
+    shutil.copy(scene, folder)
+    shutil.copy(SCENES / "yellowstone_road.jpg", folder)
+    (folder / "notes.tif").write_text("A text file with the name of a raster.\n")
+    (folder / "truncated.tif").write_bytes(scene.read_bytes()[:400_000])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def http_server(model_server: ModelServer, token_file: Path, root: Path) -> Iterator[str]:
+    """The address of one `rs-mcp --http` for all tests."""
+    port = free_port()
+    arguments = ["--root", str(root), "--model-url", model_server.url, "--token-file", str(token_file)]
+    command = [sys.executable, "-m", "mcp_server", *arguments, "--http", "--port", str(port)]
+    process = subprocess.Popen(command)
+    try:
+        wait_until(lambda: accepts(port))
+        yield f"http://127.0.0.1:{port}/mcp"
+    finally:
+        process.terminate()
+        process.wait(STARTED_S)
+
+
+@pytest.fixture(params=["stdio", "http"])
+def connect(request: pytest.FixtureRequest, model_server: ModelServer, token_file: Path, root: Path) -> Connect:
+    """Opens a client of a real `rs-mcp`; keywords go to `mcp.Client`. Each test runs over both transports."""
+    if request.param == "http":
+        url: str = request.getfixturevalue("http_server")
+        return lambda **options: Client(url, **options)
+    arguments = ["--root", str(root), "--model-url", model_server.url, "--token-file", str(token_file)]
+    return lambda **options: Client(stdio(*arguments), **options)

@@ -1,0 +1,95 @@
+"""`rs-tools` as a person or a script uses it: a real process, its output and its exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SCENES = Path(__file__).parents[2] / "examples" / "data"
+SCENE = SCENES / "itaipu_landsat8.tif"
+
+
+def rs_tools(*arguments: str | Path, state: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
+    if state is not None:
+        environment["RS_PERCEPTION_STATE"] = str(state)
+    command = [sys.executable, "-m", "rs_tools.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+
+@pytest.fixture
+def own_state(tmp_path: Path) -> Iterator[Path]:
+    """A state folder of the test's own, so that it neither finds nor leaves a model server of the user."""
+    yield tmp_path
+    for file in tmp_path.glob("server-*.json"):
+        os.kill(json.loads(file.read_text())["pid"], 15)
+
+
+def test_inspect_prints_the_facts_for_people() -> None:
+    done = rs_tools("inspect", SCENE)
+    assert done.returncode == 0, done.stderr
+    for fact in ("560 x 560", "uint16", "EPSG:32621", "-54.", "30"):
+        assert fact in done.stdout
+
+
+def test_json_output_is_the_whole_result_and_nothing_else() -> None:
+    done = rs_tools("inspect", SCENE, "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["epsg"] == 32621
+    assert facts["provenance"]["image_digest"]
+
+
+def test_list_shows_the_images_of_a_folder() -> None:
+    done = rs_tools("list", SCENES)
+    assert done.returncode == 0, done.stderr
+    for scene in SCENES.glob("*.tif"):
+        assert scene.name in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["inspect", "no_such.tif"], "no_such.tif"),
+        (["inspect", __file__], "not a raster"),
+        (["caption", SCENE, "--region", "600", "0", "700", "100"], "560"),
+        (["vqa", SCENE, " "], "question"),
+    ],
+)
+def test_a_refused_image_or_question_gives_status_1_and_the_reason_on_stderr(
+    arguments: list[str | Path], said: str
+) -> None:
+    done = rs_tools(*arguments)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["inspect"], ["list", "no_such_folder"], ["classify", SCENE, "--top-k", "many"]])
+def test_wrong_usage_gives_status_2(arguments: list[str | Path]) -> None:
+    assert rs_tools(*arguments).returncode == 2
+
+
+@pytest.mark.parametrize("command", ["inspect", "list", "caption", "vqa", "classify", "serve"])
+def test_every_command_is_explained_with_an_example(command: str) -> None:
+    overview = rs_tools("--help").stdout
+    assert command in overview
+    if command != "serve":  # its options are those of rs-model-server
+        assert f"Example: rs-tools {command}" in rs_tools(command, "--help").stdout
+
+
+def test_a_question_asked_at_the_terminal_is_answered_by_a_model_server_that_it_starts(own_state: Path) -> None:
+    done = rs_tools("classify", SCENE, "--label", "lake", "--label", "car park", "--json", state=own_state)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert {one["label"] for one in answer["top"]} == {"lake", "car park"}
+    again = rs_tools("caption", SCENE, "--region", "0", "0", "256", "256", state=own_state)
+    assert again.returncode == 0, again.stderr
+    assert "confidence" in again.stdout
