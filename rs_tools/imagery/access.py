@@ -49,7 +49,7 @@ READABLE = "GeoTIFF or COG (GTiff), PNG, JPEG, JPEG 2000 (JP2OpenJPEG) and WebP 
 EXTENSIONS = frozenset({".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".j2k", ".webp"})
 MAX_BLOCK_BYTES = 512 * 2**20
 _GDAL_OPTIONS = {
-    "GDAL_CACHEMAX": 64,  # MB; the block cache is the only thing that could grow with the size of a file
+    "GDAL_CACHEMAX": 64 * 2**20,  # bytes; the block cache is the only thing that could grow with the size of a file
     "GDAL_ERROR_ON_LIBJPEG_WARNING": True,  # else a truncated JPEG reads as grey
     "CPL_VSIL_CURL_ALLOWED_EXTENSIONS": ".none",
 }

@@ -1,0 +1,289 @@
+"""A raster as the tools see it: described once, read by decimated windows as 8-bit RGB.
+
+A `Scene` holds no open file, so it may be kept, shared between threads and read at the same time. Every read opens
+the file anew under the access policy and refuses one that has changed since.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rasterio.enums import MaskFlags, Resampling
+from rasterio.io import DatasetReader
+from rasterio.windows import Window
+
+from rs_tools.errors import ImageError, RegionError
+from rs_tools.geometry.measures import Georeference
+from rs_tools.imagery.access import AccessPolicy
+from rs_tools.imagery.bands import BandChoice, BandInfo, choose_bands, guess_modality
+from rs_tools.imagery.stretch import Stretch, fit_stretch
+from rs_tools.results import Modality
+
+Region = tuple[int, int, int, int]
+
+_SAMPLE_SIDE = 512
+# Above this many pixels, and without overviews, a sample of small windows stands for the whole scene.
+_SAMPLE_WHOLE = 4096 * 4096
+_SAMPLE_WINDOWS = 8  # per axis
+_SAMPLE_WINDOW_SIDE = 64
+_DIGEST_CHUNK = 64 * 1024
+_DIGEST_CHUNKS = 64
+_SUPERSAMPLING = 4
+
+
+class Pixels(NamedTuple):
+    """A read window: `rgb` uint8 [H, W, 3], `valid` bool [H, W]. Invalid pixels are 0 in `rgb`."""
+
+    rgb: np.ndarray
+    valid: np.ndarray
+
+
+class _Stamp(NamedTuple):
+    modified_ns: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One raster image, with the bands and the stretch that it is shown in.
+
+    Attributes:
+        path: the real path of the file.
+        width, height: pixels.
+        bands: every band as the file declares it.
+        nodata: value of missing pixels in the first shown band, or None.
+        crs_wkt: coordinate reference system, also where it gives no place on Earth; None where there is none.
+        georeference: None where pixels have no known place.
+        choice: the bands that are shown.
+        stretch: how their values become 8 bits; one for the whole scene.
+        modality, modality_reason: best guess of the kind of measurement.
+        digest: SHA-256 over the file's size and content; of a file above 4 MiB over 64 evenly spaced pieces of 64 KiB,
+            first and last included. Sidecar files do not count.
+        warnings: what a user of any answer about this scene should know.
+    """
+
+    path: Path
+    width: int
+    height: int
+    bands: tuple[BandInfo, ...]
+    nodata: float | None
+    crs_wkt: str | None
+    georeference: Georeference | None
+    choice: BandChoice
+    stretch: Stretch
+    modality: Modality
+    modality_reason: str
+    digest: str
+    warnings: tuple[str, ...]
+    _policy: AccessPolicy
+    _stamp: _Stamp
+
+    @classmethod
+    def open(cls, policy: AccessPolicy, image: str, bands: Sequence[int] = ()) -> Scene:
+        """Describe an image and fit its stretch.
+
+        Args:
+            policy: what may be read.
+            image: path of the image.
+            bands: one (grey) or three (red, green, blue) band numbers; empty lets the file decide.
+
+        Raises:
+            AccessError: the image may not be read.
+            ImageError: it is not a raster, damaged, or too awkwardly stored.
+            InputError: `bands` does not fit the image.
+        """
+        path = policy.resolve(image)
+        stamp = _stamp_of(path)
+        with policy.open(path) as dataset:
+            infos = _band_infos(dataset)
+            choice = choose_bands(infos, bands)
+            stretch, sample = _stretch(dataset, choice)
+            modality, reason = guess_modality(infos, choice, path.stem, sample)
+            crs_wkt = dataset.crs.to_wkt() if dataset.crs else None
+            georeference = crs_wkt and Georeference.of(crs_wkt, dataset.transform, dataset.width, dataset.height)
+            return cls(
+                path=path,
+                width=dataset.width,
+                height=dataset.height,
+                bands=infos,
+                nodata=dataset.nodatavals[choice.indexes[0] - 1],
+                crs_wkt=crs_wkt,
+                georeference=georeference or None,
+                choice=choice,
+                stretch=stretch,
+                modality=modality,
+                modality_reason=reason,
+                digest=_digest(path),
+                warnings=tuple(_warnings(dataset, choice, georeference or None)),
+                _policy=policy,
+                _stamp=stamp,
+            )
+
+    def region(self, region: Sequence[float]) -> Region:
+        """The checked region in whole pixels, grown to pixel edges; empty means the whole image.
+
+        Raises:
+            RegionError: not four finite numbers, empty, reversed, or not inside the image.
+        """
+        if len(region) == 0:
+            return 0, 0, self.width, self.height
+        size = f"The image is {self.width}x{self.height} pixels; give [x1, y1, x2, y2] with"
+        rule = f"{size} 0 <= x1 < x2 <= {self.width} and 0 <= y1 < y2 <= {self.height}, or nothing for the whole."
+        if len(region) != 4 or not np.isfinite(region).all():
+            raise RegionError(f"The region {list(region)} is not four numbers. {rule}")
+        x1, y1, x2, y2 = region
+        if x1 >= x2 or y1 >= y2:
+            raise RegionError(f"The region {list(region)} is empty or reversed. {rule}")
+        if x1 < 0 or y1 < 0 or x2 > self.width or y2 > self.height:
+            raise RegionError(f"The region {list(region)} is not inside the image. {rule}")
+        return int(np.floor(x1)), int(np.floor(y1)), int(np.ceil(x2)), int(np.ceil(y2))
+
+    def read(self, region: Region, out_size: tuple[int, int]) -> Pixels:
+        """Read a window, decimated while reading so that memory follows `out_size` and not the region.
+
+        Args:
+            region: x1, y1, x2, y2 in pixels, as `region` returns it.
+            out_size: (width, height) of the result, not larger than the region.
+
+        Raises:
+            AccessError, ImageError: the file is gone, damaged in this window, or changed since it was opened.
+        """
+        x1, y1, x2, y2 = region
+        if _stamp_of(self.path) != self._stamp:
+            raise ImageError(f"{self.path.name} changed while it was in use; ask again.")
+        with self._policy.open(self.path) as dataset:
+            window = Window(x1, y1, x2 - x1, y2 - y1)  # type: ignore[reportCallIssue]  # attrs class
+            values, valid = _read(dataset, self.choice, window, out_size)
+        rgb = self.stretch.apply(values)
+        if self.stretch.palette is not None:
+            index = np.clip(values[0], 0, len(self.stretch.palette) - 1).astype(np.intp)
+            valid = valid & (self.stretch.palette[index, 3] > 0)
+        rgb[~valid] = 0
+        return Pixels(rgb, valid)
+
+
+def _band_infos(dataset: DatasetReader) -> tuple[BandInfo, ...]:
+    return tuple(
+        BandInfo(index, description or "", color.name, dtype)
+        for index, description, color, dtype in zip(
+            dataset.indexes, dataset.descriptions, dataset.colorinterp, dataset.dtypes, strict=True
+        )
+    )
+
+
+def _stretch(dataset: DatasetReader, choice: BandChoice) -> tuple[Stretch, np.ndarray | None]:
+    """The scene's stretch, and the sample [C, N] that it was fitted to where one was needed."""
+    first = choice.indexes[0]
+    eight_bit = all(dataset.dtypes[index - 1] == "uint8" for index in choice.indexes)
+    if dataset.colorinterp[first - 1].name == "palette" and len(choice.indexes) == 1:
+        colors = dataset.colormap(first)
+        table = np.zeros((max(colors) + 1, 4), np.uint8)
+        table[list(colors)] = list(colors.values())
+        return Stretch("palette", palette=table), None
+    if eight_bit and choice.declared:
+        return Stretch("none"), None
+    parts = [_read(dataset, choice, window, size) for window, size in _sample_windows(dataset)]
+    sample = np.concatenate([values[:, valid] for values, valid in parts], axis=1)
+    return fit_stretch(sample, eight_bit=eight_bit), sample
+
+
+def _sample_windows(dataset: DatasetReader) -> Iterator[tuple[Window, tuple[int, int]]]:
+    """Windows and output sizes that together show the scene: one overview, or a grid of small windows."""
+    width, height = dataset.width, dataset.height
+    if dataset.overviews(1) or width * height <= _SAMPLE_WHOLE:
+        scale = max(1.0, max(width, height) / _SAMPLE_SIDE)
+        yield Window(0, 0, width, height), (max(1, round(width / scale)), max(1, round(height / scale)))  # type: ignore[reportCallIssue]
+        return
+    side_x, side_y = min(_SAMPLE_WINDOW_SIDE, width), min(_SAMPLE_WINDOW_SIDE, height)
+    for y in np.linspace(0, height - side_y, _SAMPLE_WINDOWS).astype(int).tolist():
+        for x in np.linspace(0, width - side_x, _SAMPLE_WINDOWS).astype(int).tolist():
+            yield Window(x, y, side_x, side_y), (side_x, side_y)  # type: ignore[reportCallIssue]
+
+
+def _read(
+    dataset: DatasetReader, choice: BandChoice, window: Window, out_size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Band values float32 [C, H, W] and validity [H, W] of a window; a palette keeps its exact values.
+
+    Integers are averaged by GDAL, which leaves out nodata. It does not leave out NaN that the file does not declare,
+    nor can it take the magnitude of complex values, so decimal and complex values are averaged here.
+    """
+    first = dataset.dtypes[choice.indexes[0] - 1]
+    palette = dataset.colorinterp[choice.indexes[0] - 1].name == "palette"
+    if "int" in first and not first.startswith("complex"):
+        return _read_integers(dataset, choice, window, out_size, Resampling.nearest if palette else Resampling.average)
+    return _read_decimals(dataset, choice, window, out_size)
+
+
+def _read_integers(
+    dataset: DatasetReader, choice: BandChoice, window: Window, out_size: tuple[int, int], resampling: Resampling
+) -> tuple[np.ndarray, np.ndarray]:
+    shape = (len(choice.indexes), out_size[1], out_size[0])
+    values = dataset.read(list(choice.indexes), window=window, out_shape=shape, resampling=resampling)
+    return values.astype(np.float32), _valid(dataset, choice, window, shape)
+
+
+def _read_decimals(
+    dataset: DatasetReader, choice: BandChoice, window: Window, out_size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    width, height = out_size
+    fine_x = max(1, min(_SUPERSAMPLING, int(window.width // width)))
+    fine_y = max(1, min(_SUPERSAMPLING, int(window.height // height)))
+    shape = (len(choice.indexes), height * fine_y, width * fine_x)
+    values = dataset.read(list(choice.indexes), window=window, out_shape=shape)
+    if np.iscomplexobj(values):
+        values = np.abs(values)
+    valid = _valid(dataset, choice, window, shape) & np.isfinite(values).all(axis=0)
+    cells = (height, fine_y, width, fine_x)
+    count = valid.reshape(cells).sum(axis=(1, 3))
+    total = np.where(valid, values, 0).reshape(len(values), *cells).sum(axis=(2, 4), dtype=np.float64)
+    return (total / np.maximum(count, 1)).astype(np.float32), count > 0
+
+
+def _valid(dataset: DatasetReader, choice: BandChoice, window: Window, shape: tuple[int, int, int]) -> np.ndarray:
+    """A pixel is valid where any shown band is: with nodata 0, black in one band alone is a colour."""
+    if all(MaskFlags.all_valid in dataset.mask_flag_enums[index - 1] for index in choice.indexes):
+        return np.ones(shape[1:], bool)
+    masks = dataset.read_masks(list(choice.indexes), window=window, out_shape=shape)
+    return (masks > 0).any(axis=0)
+
+
+def _warnings(dataset: DatasetReader, choice: BandChoice, georeference: Georeference | None) -> Iterator[str]:
+    if choice.warning:
+        yield choice.warning
+    if georeference:
+        return
+    if dataset.crs is None and dataset.gcps[0]:
+        yield "The image has ground control points only; warp it first (gdalwarp) to get places on Earth."
+    elif dataset.crs is None:
+        yield "The image has no coordinate reference system: answers are in pixels, without places on Earth."
+    else:
+        yield "The coordinate reference system or transform gives no place on Earth: answers are in pixels."
+
+
+def _stamp_of(path: Path) -> _Stamp:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ImageError(f"{path.name} cannot be read: {error.strerror}.") from error
+    return _Stamp(status.st_mtime_ns, status.st_size)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(size.to_bytes(8, "little"))
+        if size <= _DIGEST_CHUNK * _DIGEST_CHUNKS:
+            digest.update(file.read())
+        else:
+            for i in range(_DIGEST_CHUNKS):
+                file.seek((size - _DIGEST_CHUNK) * i // (_DIGEST_CHUNKS - 1))
+                digest.update(file.read(_DIGEST_CHUNK))
+    return f"sha256:{digest.hexdigest()}"
