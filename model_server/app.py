@@ -29,7 +29,7 @@ from model_server.engine import Engine
 if TYPE_CHECKING:
     from model_server.perceiver import Perceiver
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("model_server.app")  # also when it runs as __main__
 
 DRAIN_S = 60
 
@@ -81,8 +81,7 @@ async def _load_then_watch(engine: Engine, activity: Activity, idle_exit_s: floa
     try:
         await engine.start()
     except Exception as error:
-        logger.exception("loading failed")
-        logger.error("the model could not be loaded: %s: %s", type(error).__name__, error)
+        logger.exception("the model could not be loaded: %s: %s", type(error).__name__, error)
         raise
     logger.info("ready load_s=%.2f", time.monotonic() - started)
     activity.last = time.monotonic()

@@ -213,8 +213,9 @@ def _announcement(process: subprocess.Popen[bytes], token: str) -> bytes:
 
 
 def _tail(log: Path) -> str:
+    """The last lines of a log, each cut to what an error message has room for."""
     try:
-        text = log.read_text(errors="replace").strip()
+        lines = log.read_text(errors="replace").splitlines()[-3:]
     except FileNotFoundError:
-        text = ""
-    return f"{text[-600:] or 'it said nothing'} (log: {log})"
+        lines = []
+    return f"{' | '.join(line.partition(r'\n')[0][:300] for line in lines) or 'it said nothing'} (log: {log})"

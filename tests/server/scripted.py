@@ -1,0 +1,49 @@
+"""A perceiver under a test's control: it waits at a gate, fails on command and records its batches."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from model_server.perceiver import Query
+from model_server.protocol import ModelInfo, TileCaption, TileClasses, TileVqa
+
+GUILTY = 13  # a tile of this colour makes the whole batch fail
+INFO = ModelInfo(model="scripted", weights_digest="0", attention_backend="none", precision="none", device="none")
+
+
+def tile(colour: int) -> np.ndarray:
+    return np.full((4, 4, 3), colour, np.uint8)
+
+
+class ScriptedPerceiver:
+    """Answers with the colour of the tile. `gate` cleared: the device is held until it is set."""
+
+    info = INFO
+    taxonomy = ("beach", "forest")
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.batches: list[list[int]] = []
+
+    def route(self, task: str) -> tuple[str, str]:
+        return f"[{task}]", "image"
+
+    def answer(self, queries: Sequence[Query]) -> list[TileCaption | TileVqa | TileClasses]:
+        colours = [int(query.image[0, 0, 0]) for query in queries]
+        self.batches.append(colours)
+        assert self.gate.wait(10), "the test forgot to open the gate"
+        if GUILTY in colours:
+            raise ZeroDivisionError("an unlucky tile")
+        return [_answer(query, colour) for query, colour in zip(queries, colours, strict=True)]
+
+
+def _answer(query: Query, colour: int) -> TileCaption | TileVqa | TileClasses:
+    if query.task == "caption":
+        return TileCaption(caption=f"colour {colour}", confidence=1)
+    if query.task == "vqa":
+        return TileVqa(answer=f"{query.text} {colour}", kind="text", confidence=1, abstained=False, alternatives=[])
+    return TileClasses(labels=list(query.labels), scores=[colour / 255] * len(query.labels))

@@ -1,0 +1,197 @@
+"""The HTTP API over a real socket, with a scripted perceiver where a test has to hold or break the model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+
+import httpx
+import numpy as np
+import pytest
+from safetensors.numpy import save
+from scripted import GUILTY, ScriptedPerceiver, tile
+
+from model_server.api import create_app
+from model_server.engine import Engine
+from model_server.perceiver import Perceiver
+from model_server.protocol import PerceiveRequest, decode_response, encode_request
+
+CAPTION = PerceiveRequest(task="caption")
+GOOD = encode_request(CAPTION, [tile(7)])
+HEADERS = {"Authorization": "Bearer secret", "Content-Type": "application/octet-stream"}
+
+
+def body_of(request: dict[str, object], **tensors: np.ndarray) -> bytes:
+    return save(tensors or {"tile_0": tile(1)}, metadata={"request": json.dumps(request)})
+
+
+@pytest.fixture
+async def http(scripted_url: str) -> AsyncIterator[httpx.AsyncClient]:
+    async with asyncio.timeout(20), httpx.AsyncClient(base_url=scripted_url, headers=HEADERS, timeout=10) as client:
+        yield client
+
+
+async def perceive(http: httpx.AsyncClient, body: bytes) -> httpx.Response:
+    return await http.post("/v1/perceive", content=body)
+
+
+def error_of(response: httpx.Response) -> tuple[int, str]:
+    return response.status_code, response.json()["error"]["type"]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - the worker thread gives no event to wait for
+        await asyncio.sleep(0.001)
+
+
+async def test_an_answer_names_the_model_the_task_token_and_the_expert(http: httpx.AsyncClient) -> None:
+    response = await perceive(http, GOOD)
+    answer = decode_response(response.content)
+    assert answer.captions[0].caption == "colour 7"
+    assert (answer.model.model, answer.task_token, answer.expert) == ("scripted", "[caption]", "image")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"\xff" * 100, id="noise"),
+        pytest.param(GOOD[: len(GOOD) - 5], id="truncated"),
+        pytest.param((2**62).to_bytes(8, "little") + GOOD[8:], id="lying header length"),
+        pytest.param(save({"tile_0": tile(1)}), id="no request"),
+        pytest.param(body_of({"task": "teleport"}), id="unknown task"),
+        pytest.param(body_of({"task": "caption", "colour": "red"}), id="unknown field"),
+        pytest.param(body_of({"task": "vqa", "text": " "}), id="blank question"),
+        pytest.param(body_of({"task": "classify", "labels": ["x" * 81]}), id="over-long label"),
+        pytest.param(body_of({"task": "caption"}, tile_0=np.zeros((4, 4), np.uint8)), id="flat tile"),
+        pytest.param(body_of({"task": "caption"}, tile_0=np.zeros((4, 4, 3), np.float32)), id="float tile"),
+        pytest.param(body_of({"task": "caption"}, tile_1=tile(1)), id="misnamed tile"),
+    ],
+)
+async def test_a_malformed_body_is_refused_and_the_next_request_is_served(http: httpx.AsyncClient, body: bytes) -> None:
+    refusal = await perceive(http, body)
+    assert error_of(refusal) == (400, "bad_request")
+    assert refusal.json()["error"]["message"]
+    assert (await perceive(http, GOOD)).status_code == 200
+
+
+@pytest.mark.parametrize("announced", [True, False], ids=["by its length", "as it streams"])
+async def test_an_oversize_body_is_refused_and_the_next_request_is_served(engine: Engine, announced: bool) -> None:
+    # In-process transport: over a socket the client may see the closed connection before it reads the refusal.
+    async def stream() -> AsyncIterator[bytes]:
+        for _ in range(5):
+            yield bytes(1 << 10)
+
+    app = httpx.ASGITransport(create_app(engine, token="secret", max_body=4 << 10))
+    async with httpx.AsyncClient(transport=app, base_url="http://test", headers=HEADERS) as client:
+        content = bytes(5 << 10) if announced else stream()
+        assert error_of(await client.post("/v1/perceive", content=content)) == (413, "too_large")
+        assert (await perceive(client, GOOD)).status_code == 200
+
+
+async def test_an_oversize_announcement_is_refused_before_its_bytes_arrive(scripted_url: str) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(scripted_url).port)
+    head = "POST /v1/perceive HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n"
+    writer.write((head + "".join(f"{key}: {value}\r\n" for key, value in HEADERS.items()) + "\r\n").encode())
+    async with asyncio.timeout(10):
+        assert b" 413 " in await reader.readline()
+    writer.close()
+
+
+async def test_a_caller_that_leaves_in_mid_body_leaves_the_server_serving(
+    http: httpx.AsyncClient, scripted_url: str
+) -> None:
+    _, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(scripted_url).port)
+    head = f"POST /v1/perceive HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(GOOD)}\r\n"
+    head += "".join(f"{key}: {value}\r\n" for key, value in HEADERS.items())
+    writer.write(head.encode() + b"\r\n" + GOOD[:50])
+    await writer.drain()
+    writer.close()
+    assert (await perceive(http, GOOD)).status_code == 200
+
+
+@pytest.mark.parametrize("token", ["", "Bearer wrong", "Basic secret"])
+async def test_a_wrong_token_gets_nothing_but_health(http: httpx.AsyncClient, token: str) -> None:
+    wrong = {"Authorization": token}
+    response = await http.post("/v1/perceive", content=GOOD, headers=wrong)
+    assert error_of(response) == (401, "unauthorized")
+    assert response.headers["WWW-Authenticate"] == "Bearer"
+    assert (await http.get("/v1/models", headers=wrong)).status_code == 401
+    assert (await http.get("/health", headers=wrong)).status_code == 200
+
+
+async def test_a_full_queue_answers_503_with_retry_after(
+    http: httpx.AsyncClient, engine: Engine, perceiver: ScriptedPerceiver
+) -> None:
+    perceiver.gate.clear()
+    running = asyncio.create_task(perceive(http, GOOD))
+    await until(lambda: len(perceiver.batches) == 1)
+    waiting = asyncio.create_task(perceive(http, encode_request(CAPTION, [tile(1)] * 32)))
+    await until(lambda: engine.waiting == 32)
+    refusal = await perceive(http, GOOD)
+    assert error_of(refusal) == (503, "busy")
+    assert int(refusal.headers["Retry-After"]) >= 1
+    perceiver.gate.set()
+    assert (await running).status_code == (await waiting).status_code == 200
+
+
+async def test_bodies_in_memory_are_bounded_together(engine: Engine, perceiver: ScriptedPerceiver) -> None:
+    app = httpx.ASGITransport(create_app(engine, token="secret", max_body=len(GOOD)))
+    perceiver.gate.clear()
+    async with httpx.AsyncClient(transport=app, base_url="http://test", headers=HEADERS) as client:
+        held = [asyncio.create_task(perceive(client, GOOD)) for _ in range(2)]
+        await until(lambda: engine.stats.requests == 2)
+        assert error_of(await perceive(client, GOOD)) == (503, "busy")
+        perceiver.gate.set()
+        assert [response.status_code for response in await asyncio.gather(*held)] == [200, 200]
+        assert (await perceive(client, GOOD)).status_code == 200
+
+
+async def test_a_caller_that_disconnects_frees_its_place(
+    http: httpx.AsyncClient, engine: Engine, perceiver: ScriptedPerceiver
+) -> None:
+    perceiver.gate.clear()
+    running = asyncio.create_task(perceive(http, GOOD))
+    await until(lambda: len(perceiver.batches) == 1)
+    leaving = asyncio.create_task(perceive(http, encode_request(CAPTION, [tile(66)] * 20)))
+    await until(lambda: engine.waiting == 20)
+    leaving.cancel()
+    await until(lambda: engine.waiting == 0)
+    perceiver.gate.set()
+    assert (await running).status_code == 200
+    assert perceiver.batches == [[7]]
+
+
+async def test_a_failure_of_the_model_is_told_to_its_caller_only(http: httpx.AsyncClient) -> None:
+    failed, good = await asyncio.gather(perceive(http, encode_request(CAPTION, [tile(GUILTY)])), perceive(http, GOOD))
+    assert error_of(failed) == (500, "failed")
+    assert "unlucky tile" in failed.json()["error"]["message"]
+    assert good.status_code == 200
+
+
+async def test_before_the_model_is_loaded_the_server_says_so(loader: Callable[[], Perceiver]) -> None:
+    engine = Engine(loader)
+    app = httpx.ASGITransport(create_app(engine))
+    async with httpx.AsyncClient(transport=app, base_url="http://localhost", headers=HEADERS) as client:
+        assert (await client.get("/ready")).status_code == 503
+        assert (await client.get("/health")).json()["ready"] is False
+        refusal = await perceive(client, GOOD)
+        assert error_of(refusal) == (503, "not_ready")
+        assert "Retry-After" in refusal.headers
+        await engine.start()
+        assert (await client.get("/ready")).status_code == 200
+    await engine.close()
+
+
+async def test_without_a_token_a_foreign_host_name_is_refused(engine: Engine) -> None:
+    app = httpx.ASGITransport(create_app(engine))
+    async with httpx.AsyncClient(transport=app, base_url="http://attacker.example", headers=HEADERS) as client:
+        assert (await perceive(client, GOOD)).status_code == 400
+    async with httpx.AsyncClient(transport=app, base_url="http://127.0.0.1:8765", headers=HEADERS) as client:
+        assert (await perceive(client, GOOD)).status_code == 200
+
+
+async def test_models_lists_what_is_loaded(http: httpx.AsyncClient) -> None:
+    (model,) = (await http.get("/v1/models")).json()["data"]
+    assert (model["id"], model["weights_digest"], model["taxonomy"]) == ("scripted", "0", ["beach", "forest"])

@@ -1,0 +1,252 @@
+"""The client, and the one local server that it finds or starts."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from processes import REQUESTS, picture
+from scripted import GUILTY, ScriptedPerceiver, tile
+
+from model_server.engine import Engine
+from model_server.protocol import MAX_BODY_BYTES, PerceiveRequest
+from rs_tools.client import ModelClient
+from rs_tools.errors import InputError, ServerBusy, ServerError, ServerUnavailable
+
+CAPTION = PerceiveRequest(task="caption")
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A state folder of this test; the servers that were started for it end with it."""
+    directory = tmp_path / "state"
+    monkeypatch.setenv("RS_PERCEPTION_STATE", str(directory))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield directory
+    for file in directory.glob("server-*.json"):
+        kill(json.loads(file.read_bytes())["pid"])
+
+
+def kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def only_state(directory: Path) -> Path:
+    (file,) = directory.glob("server-*.json")
+    return file
+
+
+def modes(directory: Path) -> tuple[int, set[int]]:
+    """Permissions of the folder, and of what servers left in it."""
+    return directory.stat().st_mode & 0o777, {file.stat().st_mode & 0o777 for file in directory.glob("server-*")}
+
+
+def only_log(directory: Path) -> Path:
+    (file,) = directory.glob("server-*.log")
+    return file
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - the worker thread gives no event to wait for
+        await asyncio.sleep(0.001)
+
+
+async def test_without_a_url_a_local_server_is_started_and_kept_for_the_next(state: Path, debug_weights: Path) -> None:
+    async with ModelClient(weights=str(debug_weights)) as first:
+        answer = await first.perceive(REQUESTS[2], [picture(1)])
+        assert answer.classes[0].labels == REQUESTS[2].labels
+        pid = (await first.health())["pid"]
+    async with ModelClient(weights=str(debug_weights)) as second:
+        assert (await second.health())["pid"] == pid
+
+
+async def test_the_state_of_the_local_server_is_for_its_user_only(state: Path, debug_weights: Path) -> None:
+    async with ModelClient(weights=str(debug_weights)) as client:
+        await client.health()
+    assert modes(state) == (0o700, {0o600})
+    server = json.loads(only_state(state).read_bytes())
+    async with ModelClient(server["url"], token="guessed") as stranger:
+        with pytest.raises(ServerError, match="401"):
+            await stranger.perceive(CAPTION, [picture(1)])
+
+
+def test_two_processes_that_start_at_once_share_one_server(state: Path, debug_weights: Path) -> None:
+    program = (
+        "import asyncio\n"
+        "from rs_tools.client import ModelClient\n"
+        "async def main():\n"
+        f"    async with ModelClient(weights={str(debug_weights)!r}) as client:\n"
+        "        print((await client.health())['pid'])\n"
+        "asyncio.run(main())\n"
+    )
+    clients = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    pids = {client.communicate(timeout=120)[0] for client in clients}
+    assert pids == {f"{json.loads(only_state(state).read_bytes())['pid']}\n"}
+
+
+async def test_a_killed_server_is_replaced_by_the_next_call(state: Path, debug_weights: Path) -> None:
+    async with ModelClient(weights=str(debug_weights)) as client:
+        before = await client.perceive(CAPTION, [picture(1)])
+        pid = (await client.health())["pid"]
+        kill(pid)
+        after = await client.perceive(CAPTION, [picture(1)])
+        assert after.captions == before.captions
+        assert (await client.health())["pid"] != pid
+
+
+@pytest.mark.parametrize("content", ["", "{not json", '{"url": "http://127.0.0.1:1"}'])
+async def test_a_spoilt_state_file_is_replaced(state: Path, debug_weights: Path, content: str) -> None:
+    async with ModelClient(weights=str(debug_weights)) as client:
+        pid = (await client.health())["pid"]
+    only_state(state).write_text(content)
+    kill(pid)
+    async with ModelClient(weights=str(debug_weights)) as client:
+        assert (await client.health())["pid"] == json.loads(only_state(state).read_bytes())["pid"] != pid
+
+
+async def test_another_program_on_the_port_of_a_dead_server_is_not_taken_for_it(
+    state: Path, debug_weights: Path, scripted_url: str
+) -> None:
+    async with ModelClient(weights=str(debug_weights)) as client:
+        pid = (await client.health())["pid"]
+        kill(pid)
+        server = json.loads(only_state(state).read_bytes())
+        only_state(state).write_text(json.dumps({**server, "url": scripted_url}))
+    async with ModelClient(weights=str(debug_weights)) as client:
+        assert (await client.perceive(CAPTION, [picture(1)])).model.model != "scripted"
+
+
+async def test_a_server_that_dies_at_its_start_is_reported_with_the_end_of_its_log(state: Path, tmp_path: Path) -> None:
+    async with ModelClient(weights=str(tmp_path / "nowhere")) as client:
+        with pytest.raises(ServerUnavailable, match="nowhere") as failure:
+            await client.perceive(CAPTION, [picture(1)])
+    assert str(only_log(state)) in str(failure.value)
+
+
+async def test_without_torch_the_error_names_the_extra_to_install(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else found(name))
+    async with ModelClient() as client:
+        with pytest.raises(ServerUnavailable, match=r"pip install 'rs-perception\[server\]'"):
+            await client.health()
+
+
+@pytest.fixture
+def open_state(state: Path) -> Path:
+    state.mkdir()
+    state.chmod(0o777)
+    return state
+
+
+@pytest.mark.usefixtures("open_state")
+async def test_a_state_folder_that_others_may_write_is_refused() -> None:
+    async with ModelClient() as client:
+        with pytest.raises(ServerUnavailable, match="RS_PERCEPTION_STATE"):
+            await client.health()
+
+
+async def test_a_url_where_nobody_listens_is_named_in_the_error() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        async with ModelClient(url) as client:
+            with pytest.raises(ServerUnavailable, match=url):
+                await client.perceive(CAPTION, [picture(1)])
+
+
+async def test_one_broken_connection_is_survived() -> None:
+    calls = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal calls
+        calls += 1
+        await reader.readline()
+        if calls == 2:
+            writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n{"calls":2}')
+            await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server, ModelClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
+        assert await client.health() == {"calls": 2}
+        with pytest.raises(ServerUnavailable):
+            await client.health()
+    assert calls == 4
+
+
+async def test_a_server_of_another_kind_is_not_mistaken_for_ours() -> None:
+    async def page(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello")
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(page, "127.0.0.1", 0)
+    async with server, ModelClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
+        with pytest.raises(ServerError, match="protocol"):
+            await client.perceive(CAPTION, [tile(1)])
+        with pytest.raises(ServerError, match="rs-model-server"):
+            await client.health()
+
+
+async def test_a_busy_server_says_when_to_call_again(
+    scripted_url: str, engine: Engine, perceiver: ScriptedPerceiver
+) -> None:
+    async with asyncio.timeout(20), ModelClient(scripted_url, token="secret") as client:
+        perceiver.gate.clear()
+        running = asyncio.create_task(client.perceive(CAPTION, [tile(1)]))
+        await until(lambda: len(perceiver.batches) == 1)
+        waiting = asyncio.create_task(client.perceive(CAPTION, [tile(2)] * 32))
+        await until(lambda: engine.waiting == 32)
+        with pytest.raises(ServerBusy, match="call again in") as refusal:
+            await client.perceive(CAPTION, [tile(3)])
+        assert refusal.value.retry_after_s >= 1
+        perceiver.gate.set()
+        assert (await running).captions[0].caption == "colour 1"
+        assert len((await waiting).captions) == 32
+
+
+async def test_the_words_of_the_server_reach_the_caller(scripted_url: str) -> None:
+    async with ModelClient(scripted_url, token="secret") as client:
+        with pytest.raises(ServerError, match="unlucky tile"):
+            await client.perceive(CAPTION, [tile(GUILTY)])
+
+
+async def test_a_cancelled_call_frees_its_place_on_the_server(
+    scripted_url: str, engine: Engine, perceiver: ScriptedPerceiver
+) -> None:
+    async with asyncio.timeout(20), ModelClient(scripted_url, token="secret") as client:
+        perceiver.gate.clear()
+        running = asyncio.create_task(client.perceive(CAPTION, [tile(1)]))
+        await until(lambda: len(perceiver.batches) == 1)
+        cancelled = asyncio.create_task(client.perceive(CAPTION, [tile(2)] * 9))
+        await until(lambda: engine.waiting == 9)
+        cancelled.cancel()
+        await until(lambda: engine.waiting == 0)
+        perceiver.gate.set()
+        await running
+
+
+async def test_more_bytes_than_a_request_may_have_are_refused_before_they_travel() -> None:
+    side = 2048
+    tiles = [picture(0, side)] * (MAX_BODY_BYTES // (side * side * 3) + 1)
+    async with ModelClient("http://127.0.0.1:1") as client:
+        with pytest.raises(InputError, match="smaller region"):
+            await client.perceive(CAPTION, tiles)
+
+
+def test_the_client_does_not_import_torch() -> None:
+    program = "import sys, rs_tools.client; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0

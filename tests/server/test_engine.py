@@ -1,0 +1,167 @@
+"""How the engine shares one device between callers. The perceiver is scripted: the order of events is the test."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from scripted import GUILTY, ScriptedPerceiver, tile
+
+from model_server.engine import Engine, EngineBusy, EngineNotReady, QueryFailed
+from model_server.perceiver import Perceiver
+from model_server.protocol import PerceiveRequest, PerceiveResponse
+
+CAPTION = PerceiveRequest(task="caption")
+
+
+@pytest.fixture(autouse=True)
+async def bounded():
+    async with asyncio.timeout(20):
+        yield
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - the worker thread gives no event to wait for
+        await asyncio.sleep(0.001)
+
+
+async def hold_device(engine: Engine, perceiver: ScriptedPerceiver) -> asyncio.Task[PerceiveResponse]:
+    """A first request is on the device and stays there until the gate opens."""
+    perceiver.gate.clear()
+    first = asyncio.create_task(engine.perceive(CAPTION, [tile(0)]))
+    await until(lambda: perceiver.batches == [[0]])
+    return first
+
+
+def captions(response: PerceiveResponse) -> list[str]:
+    return [answer.caption for answer in response.captions]
+
+
+async def test_requests_of_several_callers_share_a_batch_whatever_their_tasks(
+    engine: Engine, perceiver: ScriptedPerceiver
+) -> None:
+    first = await hold_device(engine, perceiver)
+    caption = asyncio.create_task(engine.perceive(CAPTION, [tile(1)]))
+    vqa = asyncio.create_task(engine.perceive(PerceiveRequest(task="vqa", text="which?"), [tile(2)]))
+    classify = asyncio.create_task(engine.perceive(PerceiveRequest(task="classify", labels=["a", "b"]), [tile(51)]))
+    await until(lambda: engine.waiting == 3)
+    perceiver.gate.set()
+
+    await first
+    assert captions(await caption) == ["colour 1"]
+    assert (await vqa).vqa[0].answer == "which? 2"
+    assert (await classify).classes[0].scores == [0.2, 0.2]
+    assert perceiver.batches == [[0], [1, 2, 51]]
+    assert (engine.stats.batches, engine.stats.shared_batches, engine.stats.largest_batch) == (2, 1, 3)
+
+
+async def test_every_caller_gets_the_answers_to_its_own_tiles_in_their_order(engine: Engine) -> None:
+    asked = [[10 * caller + i + 20 for i in range(caller % 5 + 1)] for caller in range(10)]
+    answers = await asyncio.gather(*(engine.perceive(CAPTION, [tile(c) for c in colours]) for colours in asked))
+    assert [captions(answer) for answer in answers] == [[f"colour {c}" for c in colours] for colours in asked]
+    assert engine.stats.largest_batch == 4
+
+
+async def test_a_large_scene_does_not_hold_up_a_short_question(engine: Engine, perceiver: ScriptedPerceiver) -> None:
+    first = await hold_device(engine, perceiver)
+    large = asyncio.create_task(engine.perceive(CAPTION, [tile(100 + i) for i in range(20)]))
+    await until(lambda: engine.waiting == 20)
+    short = asyncio.create_task(engine.perceive(CAPTION, [tile(1)]))
+    await until(lambda: engine.waiting == 21)
+    perceiver.gate.set()
+    await asyncio.gather(first, large, short)
+    assert 1 in perceiver.batches[1]
+
+
+async def test_a_request_that_the_model_fails_on_fails_alone(engine: Engine, perceiver: ScriptedPerceiver) -> None:
+    first = await hold_device(engine, perceiver)
+    innocent = asyncio.create_task(engine.perceive(CAPTION, [tile(1), tile(2)]))
+    guilty = asyncio.create_task(engine.perceive(CAPTION, [tile(3), tile(GUILTY)]))
+    await until(lambda: engine.waiting == 4)
+    perceiver.gate.set()
+    await first
+    assert captions(await innocent) == ["colour 1", "colour 2"]
+    with pytest.raises(QueryFailed, match="unlucky tile"):
+        await guilty
+    assert captions(await engine.perceive(CAPTION, [tile(4)])) == ["colour 4"]
+
+
+async def test_the_rest_of_a_failed_request_is_not_computed(engine: Engine, perceiver: ScriptedPerceiver) -> None:
+    with pytest.raises(QueryFailed):
+        await engine.perceive(CAPTION, [tile(GUILTY)] + [tile(1)] * 20)
+    assert engine.waiting == 0
+    assert captions(await engine.perceive(CAPTION, [tile(2)])) == ["colour 2"]
+    assert engine.stats.tiles == 5
+
+
+async def test_a_full_queue_refuses_and_says_when_to_come_back(engine: Engine, perceiver: ScriptedPerceiver) -> None:
+    first = await hold_device(engine, perceiver)
+    waiting = asyncio.create_task(engine.perceive(CAPTION, [tile(1)] * 30))
+    await until(lambda: engine.waiting == 30)
+    with pytest.raises(EngineBusy) as refusal:
+        await engine.perceive(CAPTION, [tile(2)] * 3)
+    assert refusal.value.retry_after_s >= 1
+    fits = asyncio.create_task(engine.perceive(CAPTION, [tile(3)] * 2))
+    await until(lambda: engine.waiting == 32)
+    perceiver.gate.set()
+    await asyncio.gather(first, waiting, fits)
+
+
+async def test_a_cancelled_request_leaves_the_queue(engine: Engine, perceiver: ScriptedPerceiver) -> None:
+    first = await hold_device(engine, perceiver)
+    cancelled = asyncio.create_task(engine.perceive(CAPTION, [tile(66)] * 9))
+    other = asyncio.create_task(engine.perceive(CAPTION, [tile(1)]))
+    await until(lambda: engine.waiting == 10)
+    cancelled.cancel()
+    await until(lambda: engine.waiting == 1)
+    perceiver.gate.set()
+    await asyncio.gather(first, other)
+    assert perceiver.batches == [[0], [1]]
+
+
+async def test_a_request_cancelled_on_the_device_harms_nobody_in_its_batch(
+    engine: Engine, perceiver: ScriptedPerceiver
+) -> None:
+    first = await hold_device(engine, perceiver)
+    other = asyncio.create_task(engine.perceive(CAPTION, [tile(1)]))
+    await until(lambda: engine.waiting == 1)
+    first.cancel()
+    perceiver.gate.set()
+    assert captions(await other) == ["colour 1"]
+    with pytest.raises(asyncio.CancelledError):
+        await first
+
+
+async def test_closing_answers_who_waits_and_refuses_who_comes(engine: Engine, perceiver: ScriptedPerceiver) -> None:
+    first = await hold_device(engine, perceiver)
+    waiting = asyncio.create_task(engine.perceive(CAPTION, [tile(1)] * 9))
+    await until(lambda: engine.waiting == 9)
+    closing = asyncio.create_task(engine.close())
+    await until(lambda: not engine.ready)
+    with pytest.raises(EngineNotReady, match="closing"):
+        await engine.perceive(CAPTION, [tile(2)])
+    perceiver.gate.set()
+    await closing
+    assert captions(await first) == ["colour 0"]
+    assert captions(await waiting) == ["colour 1"] * 9
+
+
+async def test_nothing_is_answered_before_the_model_is_loaded(loader: Callable[[], Perceiver]) -> None:
+    engine = Engine(loader)
+    with pytest.raises(EngineNotReady, match="loading"):
+        await engine.perceive(CAPTION, [tile(1)])
+    await engine.start()
+    assert captions(await engine.perceive(CAPTION, [tile(1)])) == ["colour 1"]
+    await engine.close()
+
+
+async def test_a_model_that_cannot_be_loaded_says_why() -> None:
+    def load() -> Perceiver:
+        raise FileNotFoundError("no weights here")
+
+    engine = Engine(load)
+    with pytest.raises(FileNotFoundError, match="no weights here"):
+        await engine.start()
+    assert not engine.ready
+    await engine.close()

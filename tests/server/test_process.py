@@ -1,0 +1,137 @@
+"""The real server process with a real, randomly initialised checkpoint, over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from processes import REQUESTS, ServerProcess, picture, server_process
+
+from model_server.protocol import PerceiveRequest, PerceiveResponse, decode_response, encode_request
+from rs_tools.client import ModelClient
+
+
+@pytest.fixture(scope="module")
+def server(debug_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    with server_process(log, "--weights", str(debug_weights)) as server:
+        server.wait_until_ready()
+        yield server
+
+
+def post(server: ServerProcess, request: PerceiveRequest, *tiles: np.ndarray) -> PerceiveResponse:
+    response = httpx.post(
+        f"{server.url}/v1/perceive",
+        content=encode_request(request, list(tiles)),
+        headers={"Content-Type": "application/octet-stream"},
+        timeout=60,
+    )
+    return decode_response(response.raise_for_status().content)
+
+
+def answers(response: PerceiveResponse) -> list[tuple[object, list[float]]]:
+    """The words of an answer apart from its numbers, which depend on the batch in the last digits."""
+    return [
+        *((answer.caption, [answer.confidence]) for answer in response.captions),
+        *(((answer.answer, answer.kind), [answer.confidence]) for answer in response.vqa),
+        *((answer.labels, answer.scores) for answer in response.classes),
+    ]
+
+
+def test_each_task_answers_every_tile(server: ServerProcess) -> None:
+    caption, vqa, classify = (post(server, request, picture(1), picture(2, side=90)) for request in REQUESTS)
+    assert (len(caption.captions), len(vqa.vqa), len(classify.classes)) == (2, 2, 2)
+    assert vqa.vqa[0].kind == "yes_no"
+    assert classify.classes[0].labels == ["forest", "harbor", "runway"]
+    assert sum(classify.classes[0].scores) == pytest.approx(1, abs=1e-3)
+    assert caption.model.weights_digest
+
+
+def test_models_describes_the_loaded_weights(server: ServerProcess) -> None:
+    (model,) = httpx.get(f"{server.url}/v1/models").json()["data"]
+    assert model["weights_digest"] == post(server, REQUESTS[0], picture(1)).model.weights_digest
+    assert model["tasks"] == ["caption", "vqa", "classify"]
+    assert model["taxonomy"]
+
+
+async def test_concurrent_callers_share_batches_and_get_what_they_would_get_alone(server: ServerProcess) -> None:
+    asked = [(REQUESTS[i % 3], [picture(100 + i), picture(200 + i)]) for i in range(12)]
+    alone = [answers(post(server, request, *tiles)) for request, tiles in asked]
+    async with ModelClient(server.url) as client:
+        before = (await client.health())["engine"]
+        together = await asyncio.gather(*(client.perceive(request, tiles) for request, tiles in asked))
+        after = (await client.health())["engine"]
+
+    assert after["shared_batches"] > before["shared_batches"]
+    assert after["batches"] - before["batches"] < after["requests"] - before["requests"]
+    for mine, reference in zip(together, alone, strict=True):
+        for (words, numbers), (expected_words, expected_numbers) in zip(answers(mine), reference, strict=True):
+            assert words == expected_words
+            assert numbers == pytest.approx(expected_numbers, abs=1e-3)
+
+
+def test_sigterm_lets_the_running_request_finish_and_exits_cleanly(debug_weights: Path, tmp_path: Path) -> None:
+    with server_process(tmp_path / "log", "--weights", str(debug_weights)) as server:
+        server.wait_until_ready()
+        body = encode_request(REQUESTS[0], [picture(i) for i in range(64)])
+        with httpx.Client(timeout=60) as client:
+            headers = {"Content-Type": "application/octet-stream", "Transfer-Encoding": "chunked"}
+
+            def half_then_stop() -> Iterator[bytes]:
+                yield body[: len(body) // 2]
+                # The server answers here, so it has accepted the request above.
+                assert httpx.get(f"{server.url}/health").status_code == 200
+                server.process.send_signal(signal.SIGTERM)
+                yield body[len(body) // 2 :]
+
+            response = client.post(f"{server.url}/v1/perceive", content=half_then_stop(), headers=headers)
+        assert len(decode_response(response.content).captions) == 64
+        assert server.process.wait(30) == 0
+        assert "Traceback" not in server.log.read_text()
+
+
+def test_a_server_that_nobody_calls_ends(debug_weights: Path, tmp_path: Path) -> None:
+    with server_process(tmp_path / "log", "--weights", str(debug_weights), "--idle-exit", "0.5") as server:
+        assert server.process.wait(60) == 0
+        assert "idle" in server.log.read_text()
+
+
+def test_weights_that_cannot_be_loaded_end_the_server_with_the_reason(tmp_path: Path) -> None:
+    with server_process(tmp_path / "log", "--weights", str(tmp_path / "nowhere")) as server:
+        assert server.process.wait(60) == 1
+        assert "nowhere" in server.log.read_text().splitlines()[-2]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "example.org"])
+def test_an_address_that_others_can_reach_needs_a_token(host: str) -> None:
+    command = [sys.executable, "-m", "model_server.app", "--port", "0", "--host", host]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert refused.returncode == 2
+    assert "--token-file" in refused.stderr
+
+
+def test_a_port_that_is_taken_is_named(server: ServerProcess) -> None:
+    port = str(httpx.URL(server.url).port)
+    command = [sys.executable, "-m", "model_server.app", "--port", port]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert refused.returncode == 2
+    assert port in refused.stderr
+
+
+def test_the_token_file_is_what_callers_must_send(debug_weights: Path, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("hush\n")
+    with server_process(
+        tmp_path / "log", "--weights", str(debug_weights), "--token-file", str(token), "--host", "0.0.0.0"
+    ) as server:
+        server.wait_until_ready()
+        url = server.url.replace("0.0.0.0", "127.0.0.1")
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        assert httpx.get(f"{url}/v1/models", headers={"Authorization": "Bearer hush"}).status_code == 200
