@@ -10,9 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pictures import picture
+from PIL import Image
+
+from rs_tools.imagery.access import AccessPolicy
+from rs_tools.imagery.scene import Scene
 
 STYLE = (Path(__file__).parent / "report.css").read_text()
+PICTURE_SIDE = 900
 REGION_COLOURS = ("#ffd166", "#06d6a0", "#ef476f", "#118ab2")
 
 
@@ -59,7 +63,7 @@ def write_report(out: Path, session: Session, sections: list[Section], errors: l
     body = [_head(session, sections)]
     for section in sections:
         png = out / f"{section.image.stem}.png"
-        picture(section.image).save(png, optimize=True)
+        _picture(section.image).save(png, optimize=True)
         body.append(_scene(section, png))
     body += [_errors(errors), _session(session)]
     page = out / "index.html"
@@ -71,6 +75,17 @@ def write_report(out: Path, session: Session, sections: list[Section], errors: l
     }
     (out / "answers.json").write_text(json.dumps(answers, indent=1, default=str), encoding="utf-8")
     return page
+
+
+def _picture(path: Path) -> Image.Image:
+    """The scene with the bands and the stretch that the model saw; missing pixels are transparent."""
+    scene = Scene.open(AccessPolicy([path.parent]), str(path))
+    scale = max(1.0, max(scene.width, scene.height) / PICTURE_SIDE)
+    size = max(1, round(scene.width / scale)), max(1, round(scene.height / scale))
+    rgb, valid = scene.read(scene.region([]), size)
+    picture = Image.fromarray(rgb)
+    picture.putalpha(Image.fromarray(valid.astype("uint8") * 255))
+    return picture
 
 
 def _page(body: str) -> str:
