@@ -218,4 +218,5 @@ def _tail(log: Path) -> str:
         lines = log.read_text(errors="replace").splitlines()[-3:]
     except FileNotFoundError:
         lines = []
-    return f"{' | '.join(line.partition(r'\n')[0][:300] for line in lines) or 'it said nothing'} (log: {log})"
+    first = [line.split(r"\n", 1)[0][:300] for line in lines]  # our server writes a traceback as one line
+    return f"{' | '.join(first) or 'it said nothing'} (log: {log})"
