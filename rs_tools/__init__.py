@@ -1,0 +1,103 @@
+"""Remote-sensing perception for scripts.
+
+    import rs_tools
+
+    scene = rs_tools.open("harbour.tif")
+    print(scene.caption().caption)
+    print((await scene.avqa("Is there a ship?")).answer)
+
+Each method of an `Image` has an async twin with an `a` before its name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+if TYPE_CHECKING:  # importing rs_tools stays cheap; rasterio and httpx come with the first image
+    from rs_tools.results import CaptionResult, ClassifyResult, InspectResult, VqaResult
+    from rs_tools.tools import Tools
+
+__all__ = ["Image", "open"]
+
+_Answer = TypeVar("_Answer")
+
+
+def open(path: str | Path, bands: Sequence[int] = (), server: str | None = None, token: str | None = None) -> Image:
+    """An image to ask about.
+
+    Args:
+        path: a raster file.
+        bands: one (grey) or three (red, green, blue) band numbers; empty lets the file decide.
+        server: URL of a model server; None finds or starts the local one.
+        token: bearer token of `server`.
+
+    Raises:
+        AccessError: the file's folder does not exist. A missing or damaged file is reported by the first question.
+    """
+    from rs_tools.imagery.access import AccessPolicy
+    from rs_tools.tools import Tools
+
+    real = Path(path).expanduser().resolve()
+    return Image(Tools(AccessPolicy([real.parent]), _client(server, token)), str(real), tuple(bands))
+
+
+class Image:
+    """One image and the questions it answers; `rs_tools.tools.Tools` says what they return and raise."""
+
+    def __init__(self, tools: Tools, path: str, bands: tuple[int, ...]) -> None:
+        self._tools, self._path, self._bands = tools, path, bands
+
+    def inspect(self) -> InspectResult:
+        """Size, bands, georeference and kind of the image."""
+        return _submit(self._tools.inspect_image(self._path, self._bands)).result()
+
+    async def ainspect(self) -> InspectResult:
+        return await asyncio.wrap_future(_submit(self._tools.inspect_image(self._path, self._bands)))
+
+    def caption(self, region: Sequence[float] = (), detail: Literal["short", "full"] = "short") -> CaptionResult:
+        """What the region [x1, y1, x2, y2] (empty: the whole image) shows."""
+        return _submit(self._tools.caption(self._path, region, detail, self._bands)).result()
+
+    async def acaption(self, region: Sequence[float] = (), detail: Literal["short", "full"] = "short") -> CaptionResult:
+        return await asyncio.wrap_future(_submit(self._tools.caption(self._path, region, detail, self._bands)))
+
+    def vqa(self, question: str, region: Sequence[float] = ()) -> VqaResult:
+        """The answer to a question about the region."""
+        return _submit(self._tools.vqa(self._path, question, region, self._bands)).result()
+
+    async def avqa(self, question: str, region: Sequence[float] = ()) -> VqaResult:
+        return await asyncio.wrap_future(_submit(self._tools.vqa(self._path, question, region, self._bands)))
+
+    def classify(self, labels: Sequence[str] = (), top_k: int = 5, region: Sequence[float] = ()) -> ClassifyResult:
+        """The region's class among `labels`, or among the model's own classes."""
+        return _submit(self._tools.classify(self._path, labels, top_k, region, self._bands)).result()
+
+    async def aclassify(
+        self, labels: Sequence[str] = (), top_k: int = 5, region: Sequence[float] = ()
+    ) -> ClassifyResult:
+        return await asyncio.wrap_future(_submit(self._tools.classify(self._path, labels, top_k, region, self._bands)))
+
+
+def _submit(work: Coroutine[Any, Any, _Answer]) -> Future[_Answer]:
+    return asyncio.run_coroutine_threadsafe(work, _loop())
+
+
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """The event loop that owns the clients' connections, so that sync and async callers share them."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="rs_tools", daemon=True).start()
+    return loop
+
+
+@cache
+def _client(server: str | None, token: str | None) -> Any:
+    from rs_tools.client import ModelClient
+
+    return ModelClient(server, token)

@@ -62,10 +62,15 @@ class Georeference:
         east, north = transformer.transform(lonlat[:, 0], lonlat[:, 1])
         return np.stack(_applied(~self.transform, np.stack([east, north], axis=1)), axis=1)
 
-    def gsd_m(self, width: int, height: int) -> float:
-        """Metres per pixel at the raster's centre: geometric mean of the geodesic steps along columns and rows."""
+    def gsd_m(self, width: int, height: int) -> float | None:
+        """Metres per pixel at the raster's centre: geometric mean of the geodesic steps along columns and rows.
+
+        None where a pixel there reaches beyond what the projection shows.
+        """
         x, y = width / 2, height / 2
         steps = self.lonlat(np.array([[x - 0.5, y], [x + 0.5, y], [x, y - 0.5], [x, y + 0.5]]))
+        if not np.isfinite(steps).all():
+            return None
         across = _GEOD.inv(*steps[0], *steps[1])[2]
         down = _GEOD.inv(*steps[2], *steps[3])[2]
         return float(np.sqrt(across * down))

@@ -44,7 +44,9 @@ class Pixels(NamedTuple):
     valid: np.ndarray
 
 
-class _Stamp(NamedTuple):
+class Stamp(NamedTuple):
+    """Tells one state of a file from another."""
+
     modified_ns: int
     size: int
 
@@ -82,7 +84,7 @@ class Scene:
     digest: str
     warnings: tuple[str, ...]
     _policy: AccessPolicy
-    _stamp: _Stamp
+    _stamp: Stamp
 
     @classmethod
     def open(cls, policy: AccessPolicy, image: str, bands: Sequence[int] = ()) -> Scene:
@@ -99,7 +101,7 @@ class Scene:
             InputError: `bands` does not fit the image.
         """
         path = policy.resolve(image)
-        stamp = _stamp_of(path)
+        stamp = stamp_of(path)
         with policy.open(path) as dataset:
             infos = _band_infos(dataset)
             choice = choose_bands(infos, bands)
@@ -155,10 +157,10 @@ class Scene:
             AccessError, ImageError: the file is gone, damaged in this window, or changed since it was opened.
         """
         x1, y1, x2, y2 = region
-        if _stamp_of(self.path) != self._stamp:
+        if stamp_of(self.path) != self._stamp:
             raise ImageError(f"{self.path.name} changed while it was in use; ask again.")
         with self._policy.open(self.path) as dataset:
-            window = Window(x1, y1, x2 - x1, y2 - y1)  # type: ignore[reportCallIssue]  # attrs class
+            window = Window(x1, y1, x2 - x1, y2 - y1)
             values, valid = _read(dataset, self.choice, window, out_size)
         rgb = self.stretch.apply(values)
         if self.stretch.palette is not None:
@@ -198,12 +200,12 @@ def _sample_windows(dataset: DatasetReader) -> Iterator[tuple[Window, tuple[int,
     width, height = dataset.width, dataset.height
     if dataset.overviews(1) or width * height <= _SAMPLE_WHOLE:
         scale = max(1.0, max(width, height) / _SAMPLE_SIDE)
-        yield Window(0, 0, width, height), (max(1, round(width / scale)), max(1, round(height / scale)))  # type: ignore[reportCallIssue]
+        yield Window(0, 0, width, height), (max(1, round(width / scale)), max(1, round(height / scale)))
         return
     side_x, side_y = min(_SAMPLE_WINDOW_SIDE, width), min(_SAMPLE_WINDOW_SIDE, height)
     for y in np.linspace(0, height - side_y, _SAMPLE_WINDOWS).astype(int).tolist():
         for x in np.linspace(0, width - side_x, _SAMPLE_WINDOWS).astype(int).tolist():
-            yield Window(x, y, side_x, side_y), (side_x, side_y)  # type: ignore[reportCallIssue]
+            yield Window(x, y, side_x, side_y), (side_x, side_y)
 
 
 def _read(
@@ -267,12 +269,12 @@ def _warnings(dataset: DatasetReader, choice: BandChoice, georeference: Georefer
         yield "The coordinate reference system or transform gives no place on Earth: answers are in pixels."
 
 
-def _stamp_of(path: Path) -> _Stamp:
+def stamp_of(path: Path) -> Stamp:
     try:
         status = path.stat()
     except OSError as error:
         raise ImageError(f"{path.name} cannot be read: {error.strerror}.") from error
-    return _Stamp(status.st_mtime_ns, status.st_size)
+    return Stamp(status.st_mtime_ns, status.st_size)
 
 
 def _digest(path: Path) -> str:
