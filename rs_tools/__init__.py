@@ -85,15 +85,22 @@ class Image:
 
 
 def _submit(work: Coroutine[Any, Any, _Answer]) -> Future[_Answer]:
-    return asyncio.run_coroutine_threadsafe(work, _loop())
+    return asyncio.run_coroutine_threadsafe(work, _Background.loop())
 
 
-@cache
-def _loop() -> asyncio.AbstractEventLoop:
+class _Background:
     """The event loop that owns the clients' connections, so that sync and async callers share them."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="rs_tools", daemon=True).start()
-    return loop
+
+    _lock = threading.Lock()
+    _loop: asyncio.AbstractEventLoop | None = None
+
+    @classmethod
+    def loop(cls) -> asyncio.AbstractEventLoop:
+        with cls._lock:
+            if cls._loop is None:
+                cls._loop = asyncio.new_event_loop()
+                threading.Thread(target=cls._loop.run_forever, name="rs_tools", daemon=True).start()
+            return cls._loop
 
 
 @cache

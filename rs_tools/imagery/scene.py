@@ -160,7 +160,7 @@ class Scene:
         if stamp_of(self.path) != self._stamp:
             raise ImageError(f"{self.path.name} changed while it was in use; ask again.")
         with self._policy.open(self.path) as dataset:
-            window = Window(x1, y1, x2 - x1, y2 - y1)
+            window = _window(x1, y1, x2 - x1, y2 - y1)
             values, valid = _read(dataset, self.choice, window, out_size)
         rgb = self.stretch.apply(values)
         if self.stretch.palette is not None:
@@ -200,12 +200,16 @@ def _sample_windows(dataset: DatasetReader) -> Iterator[tuple[Window, tuple[int,
     width, height = dataset.width, dataset.height
     if dataset.overviews(1) or width * height <= _SAMPLE_WHOLE:
         scale = max(1.0, max(width, height) / _SAMPLE_SIDE)
-        yield Window(0, 0, width, height), (max(1, round(width / scale)), max(1, round(height / scale)))
+        yield _window(0, 0, width, height), (max(1, round(width / scale)), max(1, round(height / scale)))
         return
     side_x, side_y = min(_SAMPLE_WINDOW_SIDE, width), min(_SAMPLE_WINDOW_SIDE, height)
     for y in np.linspace(0, height - side_y, _SAMPLE_WINDOWS).astype(int).tolist():
         for x in np.linspace(0, width - side_x, _SAMPLE_WINDOWS).astype(int).tolist():
-            yield Window(x, y, side_x, side_y), (side_x, side_y)
+            yield _window(x, y, side_x, side_y), (side_x, side_y)
+
+
+def _window(x: int, y: int, width: int, height: int) -> Window:
+    return Window(x, y, width, height)  # type: ignore[reportCallIssue]  # declared in a way that pyright cannot read
 
 
 def _read(
