@@ -49,20 +49,29 @@ Image = Annotated[
     str, Field(description="Path of the image: as list_images gives it, absolute, or relative to an allowed folder")
 ]
 Region = Annotated[
-    list[int],
+    list[float],
     Field(
         description="[x1, y1, x2, y2] in pixels of the full-resolution image, from its top-left corner, x2 and y2 "
         "exclusive; leave empty for the whole image"
+    ),
+]
+Bands = Annotated[
+    list[int],
+    Field(
+        description="Band numbers, from 1, to show as red, green and blue, or one to show as grey; leave empty to go "
+        "by the file's own description of its bands"
     ),
 ]
 ToolContext = Context[Tools, Any]
 EMPTY: list[Any] = []  # never changed: pydantic copies it for each call
 
 
-async def inspect_image(ctx: ToolContext, image: Image) -> Annotated[CallToolResult, InspectResult]:
+async def inspect_image(
+    ctx: ToolContext, image: Image, bands: Bands = EMPTY
+) -> Annotated[CallToolResult, InspectResult]:
     """Size, bands, data type, nodata, coordinate reference system, place in WGS84, metres per pixel and the likely
     modality of an image. Reads the header and a little of the pixels; asks no model."""
-    return await _answer(ctx, _tools(ctx).inspect_image(image))
+    return await _answer(ctx, _tools(ctx).inspect_image(image, bands))
 
 
 async def list_images(
@@ -80,9 +89,10 @@ async def caption(
     detail: Annotated[
         Literal["short", "full"], Field(description="short: one sentence; full: more of what the model sees")
     ] = "short",
+    bands: Bands = EMPTY,
 ) -> Annotated[CallToolResult, CaptionResult]:
     """Say in words what an image, or a region of it, shows. A large scene is looked at in parts, which are listed."""
-    return await _answer(ctx, _tools(ctx).caption(image, region, detail))
+    return await _answer(ctx, _tools(ctx).caption(image, region, detail, bands))
 
 
 async def vqa(
@@ -93,10 +103,11 @@ async def vqa(
         Field(description="One question in English about what is visible, such as 'Is there a river?'"),
     ],
     region: Region = EMPTY,
+    bands: Bands = EMPTY,
 ) -> Annotated[CallToolResult, VqaResult]:
     """Answer a question about an image or a region of it: presence, counts, scene and position. Gives a calibrated
     confidence and abstains when it is low."""
-    return await _answer(ctx, _tools(ctx).vqa(image, question, region))
+    return await _answer(ctx, _tools(ctx).vqa(image, question, region, bands))
 
 
 async def classify(
@@ -104,14 +115,17 @@ async def classify(
     image: Image,
     labels: Annotated[
         list[str],
-        Field(description="Classes to choose from, in your own words; leave empty for the model's own scene classes"),
+        Field(
+            description="Two or more classes to choose from, in your own words; leave empty for the model's own classes"
+        ),
     ] = EMPTY,
     top_k: Annotated[int, Field(description="How many of the likeliest classes to list")] = 5,
     region: Region = EMPTY,
+    bands: Bands = EMPTY,
 ) -> Annotated[CallToolResult, ClassifyResult]:
     """Which of the given classes an image, or a region of it, belongs to, with calibrated probabilities that add up to
     one over the given classes: one of them always wins, so give one that can be right."""
-    return await _answer(ctx, _tools(ctx).classify(image, labels, top_k, region))
+    return await _answer(ctx, _tools(ctx).classify(image, labels, top_k, region, bands))
 
 
 TITLES = {

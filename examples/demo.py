@@ -79,17 +79,16 @@ class Asker:
 
     async def ask(self, tool: str, **arguments: Any) -> Call:
         print(f"  {tool} {json.dumps({name: value for name, value in arguments.items() if name != 'image'})}")
-        progress: list[str] = []
 
-        async def heard(_: float, __: float | None, message: str | None) -> None:
-            progress.append(message or "")
+        async def heard(progress: float, total: float | None, message: str | None) -> None:
+            print(f"    {message}")
 
         started = time.perf_counter()
         result = await self._client.call_tool(tool, arguments, progress_callback=heard)
         seconds = time.perf_counter() - started
         text = "\n".join(block.text for block in result.content if isinstance(block, TextContent))
         print(f"    -> {text.splitlines()[0]}  [{seconds:.2f} s]")
-        return Call(tool, arguments, text, result.structured_content or {}, result.is_error, seconds, len(progress))
+        return Call(tool, arguments, text, result.structured_content or {}, result.is_error, seconds)
 
 
 async def look_at(asker: Asker, scene: Scene) -> Section:

@@ -30,7 +30,6 @@ class Call:
     structured: dict[str, Any]
     is_error: bool
     seconds: float
-    progress: int
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from rs_tools.client import ModelClient
 from rs_tools.errors import PerceptionError
@@ -28,6 +28,7 @@ app = typer.Typer(
     "The first question starts a model server for this user, which stays ready for a while.",
     epilog="Exit status: 0 answered, 1 the image or question was refused (the reason is on stderr), 2 wrong usage.",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
@@ -37,13 +38,19 @@ Region = Annotated[
     tuple[int, int, int, int] | None,
     typer.Option(metavar="X1 Y1 X2 Y2", help="Pixels from the top-left corner; the whole image without it."),
 ]
+Bands = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--band", metavar="N", help="Band to show, from 1: once for grey, or for red, green and blue in turn."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the whole result as JSON.")]
 
 
 @app.command(epilog="Example: rs-tools inspect scene.tif")
-def inspect(image: Image, as_json: AsJson = False) -> None:
+def inspect(image: Image, band: Bands = None, as_json: AsJson = False) -> None:
     """Size, bands, coordinate reference system, place and metres per pixel of IMAGE."""
-    _run(image.parent, lambda tools: tools.inspect_image(_name(image)), as_json)
+    _run(image.parent, lambda tools: tools.inspect_image(_name(image), band or []), as_json)
 
 
 @app.command("list", epilog="Example: rs-tools list ~/imagery")
@@ -61,10 +68,11 @@ def caption(
     image: Image,
     region: Region = None,
     detail: Annotated[Literal["short", "full"], typer.Option(help="One sentence, or more of what is seen.")] = "short",
+    band: Bands = None,
     as_json: AsJson = False,
 ) -> None:
     """Say in words what IMAGE shows."""
-    _run(image.parent, lambda tools: tools.caption(_name(image), _pixels(region), detail), as_json)
+    _run(image.parent, lambda tools: tools.caption(_name(image), _pixels(region), detail, band or []), as_json)
 
 
 @app.command(epilog='Example: rs-tools vqa scene.tif "Is there a river?"')
@@ -72,10 +80,11 @@ def vqa(
     image: Image,
     question: Annotated[str, typer.Argument(help="One question about what is visible.", show_default=False)],
     region: Region = None,
+    band: Bands = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer QUESTION about IMAGE, with a calibrated confidence."""
-    _run(image.parent, lambda tools: tools.vqa(_name(image), question, _pixels(region)), as_json)
+    _run(image.parent, lambda tools: tools.vqa(_name(image), question, _pixels(region), band or []), as_json)
 
 
 @app.command(epilog="Example: rs-tools classify scene.tif --label forest --label farmland --label city")
@@ -86,10 +95,15 @@ def classify(
     ] = None,
     top_k: Annotated[int, typer.Option(help="How many of the likeliest classes to print.")] = 5,
     region: Region = None,
+    band: Bands = None,
     as_json: AsJson = False,
 ) -> None:
     """Which scene class IMAGE belongs to."""
-    _run(image.parent, lambda tools: tools.classify(_name(image), label or [], top_k, _pixels(region)), as_json)
+    _run(
+        image.parent,
+        lambda tools: tools.classify(_name(image), label or [], top_k, _pixels(region), band or []),
+        as_json,
+    )
 
 
 @app.command(
@@ -148,7 +162,7 @@ def _table(result: InspectResult | ListResult | ClassifyResult) -> Table:
             for one in result.top:
                 table.add_row(escape(one.label), f"{one.score:.3f}")
         case ListResult():
-            table = Table("image", "size", "bands", "type", box=None)
+            table = Table(Column("image", overflow="fold"), "size", "bands", "type", box=None)
             for image in result.images:
                 size = f"{image.width} x {image.height}"
                 table.add_row(escape(image.image), size, str(image.band_count), image.dtype)
@@ -162,14 +176,14 @@ def _table(result: InspectResult | ListResult | ClassifyResult) -> Table:
 def _facts(result: InspectResult) -> dict[str, str]:
     bands = ", ".join(f"{band.index} {band.description or band.color}" for band in result.bands)
     place = ", ".join(f"{degrees:.6f}" for degrees in result.bounds_wgs84 or [])
-    crs = "none" if result.crs_wkt is None else f"EPSG:{result.epsg}" if result.epsg else result.crs_wkt
+    crs = "none" if result.crs_wkt is None else f"EPSG:{result.epsg}" if result.epsg else "without EPSG code"
     return {
         "size": f"{result.width} x {result.height} pixels",
         "bands": f"{bands} ({result.dtype})",
         "nodata": "none" if result.nodata is None else str(result.nodata),
         "crs": crs,
         "west, south, east, north": place or "unknown",
-        "metres per pixel": "unknown" if result.gsd_m is None else f"{result.gsd_m:.4g}",
+        "metres per pixel": "unknown" if result.gsd_m is None else f"{result.gsd_m:.3g}",
         "modality": f"{result.modality} ({result.modality_reason})",
     }
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from mcp_processes import ModelServer, stdio, text_of
 from mcp import Client
+from mcp_processes import ModelServer, stdio, text_of
 
 import mcp_server
 from rs_tools.imagery.access import AccessPolicy
@@ -95,7 +95,7 @@ async def test_a_long_call_reports_progress_that_only_grows_and_can_be_cancelled
         hung_up.set()
         writer.close()
 
-    async def heard(progress: float, _: float | None, message: str | None) -> None:
+    async def heard(progress: float, total: float | None, message: str | None) -> None:
         seen.append(progress)
         assert message
         if len(seen) == 5:
