@@ -78,7 +78,9 @@ class FusionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The whole model. `labels` are the scenes it has learned by name, `objects` those of the presence head."""
+    """The whole model. `labels` are the scenes it has learned by name, `merged_labels` pairs
+    a label with its near-synonym that stands for both in the default taxonomy; `objects` are those of the presence
+    head, `concepts` the number of caption words it foresees."""
 
     name: str = "nano"
     image_size: int = 256
@@ -88,6 +90,7 @@ class ModelConfig:
     fusion: FusionConfig = field(default_factory=FusionConfig)
     embed_width: int = 256
     labels: tuple[str, ...] = ()
+    merged_labels: tuple[tuple[str, str], ...] = ()
     objects: tuple[str, ...] = ()
     concepts: int = 800
 
@@ -113,3 +116,38 @@ def _build(cls: type[ModelConfig], raw: Mapping[str, Any]) -> ModelConfig:
 
     parts = {k: _PARTS[k](**{n: freeze(v) for n, v in raw[k].items()}) for k in _PARTS if k in raw}
     return cls(**{**{k: freeze(v) for k, v in raw.items() if k not in _PARTS}, **parts})
+
+
+def nano() -> ModelConfig:
+    """The embedded default: EfficientNet-Lite2, MiniLM-L6, a decoder of 4 layers."""
+    return ModelConfig(
+        merged_labels=(
+            ("agricultural", "farmland"),
+            ("baseball field", "baseball diamond"),
+            ("parking", "parking lot"),
+            ("port", "harbor"),
+        ),
+    )
+
+
+def debug() -> ModelConfig:
+    """The same architecture, small enough to train in seconds."""
+    return ModelConfig(
+        name="debug",
+        image_size=64,
+        backbone=BackboneConfig(
+            stem=8,
+            blocks=((1, 3, 1, 8), (2, 3, 2, 8), (2, 3, 2, 12), (2, 3, 2, 16), (2, 3, 2, 24)),
+            head=32,
+        ),
+        sentence=SentenceConfig(vocab_size=600, width=24, layers=1, heads=2, ffn=48),
+        decoder=DecoderConfig(vocab_size=400, width=32, layers=2, heads=4, kv_heads=2, ffn=64),
+        fusion=FusionConfig(grid=2, mda_layers=(1,)),
+        embed_width=16,
+        labels=("farmland", "forest", "harbor", "river"),
+        objects=("cars", "ship", "trees", "water"),
+        concepts=16,
+    )
+
+
+PRESETS = {"nano": nano, "debug": debug}

@@ -6,11 +6,20 @@ blocks can be frozen and their output kept while the late ones train.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model_server.model.config import BackboneConfig
+
+
+def square(image: np.ndarray, side: int) -> Tensor:
+    """uint8 [H, W, 3] -> uint8 [3, side, side]; bilinear with antialiasing, the same at training and serving."""
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    if x.shape[-2:] != (side, side):
+        x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+    return x[0].contiguous()
 
 
 class SameConv(nn.Conv2d):

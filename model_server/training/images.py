@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor
-from torch.nn import functional as F
 
+from model_server.model.vision import square
 from model_server.training.records import Record, load_image
 
 
@@ -19,14 +19,6 @@ def load_images(records: Sequence[Record], title: str) -> list[np.ndarray]:
     with ThreadPoolExecutor(2) as pool:
         decoded = pool.map(lambda r: load_image(r.images[0]), records)
         return list(track(decoded, description=title, total=len(records)))
-
-
-def square(image: np.ndarray, side: int) -> Tensor:
-    """uint8 [H, W, 3] -> uint8 [3, side, side]; bilinear with antialiasing, the same at training and serving."""
-    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    if x.shape[-2:] != (side, side):
-        x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
-    return x[0].contiguous()
 
 
 def augmented(image: np.ndarray, side: int, rng: np.random.Generator, min_crop: float = 0.75) -> Tensor:

@@ -10,21 +10,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model_server.checkpoints.pretrained import load_minilm, minilm_tokenizer
-from model_server.model.config import SentenceConfig
+from model_server.model.config import ModelConfig
 from model_server.model.sentence import SentenceEncoder
 from model_server.training.records import Record
+from model_server.training.start import sentence_parts
 from model_server.training.targets import Vocabulary
-
-
-def pretrained_encoder(config: SentenceConfig) -> tuple[SentenceEncoder, Tokenizer]:
-    """The published sentence encoder and its tokenizer."""
-    encoder = SentenceEncoder(config).eval().requires_grad_(False)
-    load_minilm(encoder, config)
-    tokenizer = Tokenizer.from_file(str(minilm_tokenizer()))
-    tokenizer.enable_truncation(config.max_tokens)
-    tokenizer.enable_padding()
-    return encoder, tokenizer
 
 
 @torch.no_grad()
@@ -50,8 +40,8 @@ class SentenceBank:
     rows: list[list[int]]  # per image, rows of caption_vectors
 
     @classmethod
-    def build(cls, config: SentenceConfig, records: Sequence[Record], vocabulary: Vocabulary) -> SentenceBank:
-        encoder, tokenizer = pretrained_encoder(config)
+    def build(cls, config: ModelConfig, records: Sequence[Record], vocabulary: Vocabulary) -> SentenceBank:
+        encoder, tokenizer = sentence_parts(config)
         captions = sorted({c for r in records for c in r.captions})
         row = {c: i for i, c in enumerate(captions)}
         return cls(

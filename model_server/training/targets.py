@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from model_server.text.names import readable
 from model_server.training.records import Record
 
 # Names of the sets that mean nearly the same place. A scene is no counter-example to the others of its group.
@@ -33,11 +34,6 @@ _STOP = frozenset("a an the is are of in on to and with at by some there it this
 def words(caption: str) -> list[str]:
     """Lower-case words of a caption, without punctuation."""
     return re.findall(r"[a-z0-9']+", caption.lower())
-
-
-def readable(name: str) -> str:
-    """A label as people write it: `storage_tanks` -> `storage tanks`."""
-    return name.replace("_", " ").strip().lower()
 
 
 @dataclass(frozen=True)

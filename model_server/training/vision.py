@@ -18,17 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model_server.checkpoints.pretrained import load_efficientnet_lite2
-from model_server.model.config import ModelConfig
+from model_server.model.config import PRESETS, ModelConfig
 from model_server.model.heads import ImageHeads
-from model_server.model.vision import Backbone, fold_norms
-from model_server.training.images import batches, load_images, square
+from model_server.model.vision import Backbone, fold_norms, square
+from model_server.training.images import batches, load_images
 from model_server.training.records import Record, read_records
 from model_server.training.sentences import SentenceBank
+from model_server.training.start import start_backbone
 from model_server.training.targets import ImageTargets, Vocabulary, cosine_decay
 
 SETS = ("rsicd_aid", "ucm")
-FROZEN_BLOCKS = 7
+FROZEN_SHARE = 1 / 3  # of the blocks: 7 of Lite2's 21
 REPEAT = {"ucm": 2}  # the small set is seen twice an epoch
 
 
@@ -36,6 +36,7 @@ REPEAT = {"ucm": 2}  # the small set is seen twice an epoch
 class VisionRun:
     data: Path
     run: Path
+    config: str = "nano"
     steps: int = 1700
     batch: int = 48
     rate: float = 4e-4
@@ -58,11 +59,13 @@ class VisionNet(nn.Module):
             len(vocabulary.labels), len(vocabulary.objects), len(vocabulary.concepts),
         )  # fmt: skip
 
+        self.frozen = round(FROZEN_SHARE * len(config.backbone.blocks))
+
     def pooled(self, early: Tensor) -> Tensor:
-        return self.backbone.late(early, FROZEN_BLOCKS)[1]
+        return self.backbone.late(early, self.frozen)[1]
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
-        frozen = tuple(f"backbone.blocks.{i}." for i in range(FROZEN_BLOCKS)) + ("backbone.stem.",)
+        frozen = ("backbone.stem.", *(f"backbone.blocks.{i}." for i in range(self.frozen)))
         return [(n, p) for n, p in self.named_parameters() if not n.startswith(frozen)]
 
 
@@ -119,13 +122,13 @@ class VisionTrainer:
         if run.limit:
             train, val = train[:: max(len(train) // run.limit, 1)], val[:: max(len(val) // run.limit, 1)]
         self.vocabulary = Vocabulary.build(train)
-        self.config = ModelConfig()
+        self.config = PRESETS[run.config]()
         self.train, self.val = train, val
         self.targets = ImageTargets.build(train, self.vocabulary)
         self.val_targets = ImageTargets.build(val, self.vocabulary)
-        self.bank = SentenceBank.build(self.config.sentence, train, self.vocabulary)
+        self.bank = SentenceBank.build(self.config, train, self.vocabulary)
         self.net = VisionNet(self.config, self.vocabulary).to(memory_format=torch.channels_last)
-        load_efficientnet_lite2(self.net.backbone)
+        start_backbone(self.net.backbone, self.config)
         self.average = copy.deepcopy(self.net).eval()
         early = copy.deepcopy(self.net.backbone).eval()
         fold_norms(early)
@@ -167,7 +170,7 @@ class VisionTrainer:
     @torch.no_grad()
     def encode_early(self, images: Tensor) -> Tensor:
         x = self.early.normalise(images).bfloat16().to(memory_format=torch.channels_last)
-        return self.early.early(x, FROZEN_BLOCKS).float()
+        return self.early.early(x, self.net.frozen).float()
 
     def train_step(self, rows: np.ndarray, images: Tensor) -> dict[str, float]:
         run = self.run
@@ -224,13 +227,12 @@ class VisionTrainer:
         val_images = load_images(self.val, "val images")
         order = epoch_order(self.train, run.steps, run.batch, run.seed)
         log = (run.run / "vision.jsonl").open("a", encoding="utf-8")
-        start, seen, sums = time.monotonic(), 0, dict[str, float]()
+        start, first, sums = time.monotonic(), self.step, dict[str, float]()
         for step, rows, x in batches(images, order, self.config.image_size, run.seed, self.step):
             for k, v in self.train_step(rows, x).items():
                 sums[k] = sums.get(k, 0.0) + v
-            seen += 1
             if (step + 1) % 20 == 0:
-                rate = seen * run.batch / (time.monotonic() - start)
+                rate = (step + 1 - first) * run.batch / (time.monotonic() - start)
                 line = {"step": step + 1, "images_s": round(rate, 1), **{k: round(v / 20, 4) for k, v in sums.items()}}
                 print(json.dumps(line), file=log, flush=True)
                 sums.clear()

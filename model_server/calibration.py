@@ -1,0 +1,54 @@
+"""From raw model scores to confidences that mean something: fitted on validation data, stored with the weights.
+
+Answers: Platt scaling of the answer's log-odds, apart for yes/no and the rest. Labels: one temperature. Captions:
+a logistic map from the mean token log-probability to the ROUGE-L that such captions reach against their references,
+so a caption's confidence is its expected agreement with a human's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Logistic:
+    """x -> 1 / (1 + exp(-(slope x + offset)))."""
+
+    slope: float = 1.0
+    offset: float = 0.0
+
+    def __call__(self, x: float) -> float:
+        z = max(-30.0, min(30.0, self.slope * x + self.offset))
+        return 1 / (1 + math.exp(-z))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """`abstain_below` are the confidences under which an answer is withheld as an abstention."""
+
+    yes_no: Logistic = Logistic()
+    answer: Logistic = Logistic()
+    caption: Logistic = Logistic()
+    label_temperature: float = 1.0
+    abstain_yes_no: float = 0.6
+    abstain_answer: float = 0.3
+
+    def answer_confidence(self, logprob: float, yes_no: bool) -> float:
+        """Chance that an answer of this log-probability is right."""
+        p = min(max(math.exp(logprob), 1e-6), 1 - 1e-6)
+        return (self.yes_no if yes_no else self.answer)(math.log(p / (1 - p)))
+
+    def abstain_below(self, yes_no: bool) -> float:
+        return self.abstain_yes_no if yes_no else self.abstain_answer
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Calibration:
+        raw: dict[str, Any] = json.loads(text)
+        return cls(**{k: Logistic(**v) if isinstance(v, dict) else v for k, v in raw.items()})

@@ -1,0 +1,31 @@
+"""A checkpoint of the debug config with seeded random weights: for tests and first looks, it has learned nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from model_server.calibration import Calibration
+from model_server.checkpoints.store import save_checkpoint
+from model_server.model.config import debug
+from model_server.model.rsvlm import RSVLM
+from model_server.model.vision import fold_norms
+from model_server.text.phrasings import TRAIN
+from model_server.text.tokenizer import TextTokenizer
+from model_server.training.start import sentence_parts
+
+
+def write_debug_checkpoint(folder: Path, seed: int = 0) -> None:
+    """Write it to `folder`."""
+    torch.manual_seed(seed)
+    config = debug()
+    phrases = [phrase for bank in TRAIN.values() for phrase in bank]
+    tokenizer = TextTokenizer.train([*phrases, "yes", "no"], config.decoder.vocab_size)
+    encoder, sentence_tokenizer = sentence_parts(config)
+    decoder = dataclasses.replace(config.decoder, vocab_size=len(tokenizer))
+    model = RSVLM(dataclasses.replace(config, decoder=decoder)).eval()
+    model.sentence.load_state_dict(encoder.state_dict())
+    fold_norms(model.backbone)
+    save_checkpoint(folder, model, tokenizer, sentence_tokenizer, Calibration())

@@ -1,0 +1,99 @@
+"""Our own checkpoint: a folder with `config.json`, `model.safetensors` (half precision, batch norms folded), the two
+tokenizers and `calibration.json`. Nothing in it is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+
+from model_server.calibration import Calibration
+from model_server.model.config import ModelConfig
+from model_server.model.rsvlm import RSVLM
+from model_server.model.vision import fold_norms
+from model_server.text.tokenizer import TextTokenizer
+
+CONFIG, TENSORS, CALIBRATION = "config.json", "model.safetensors", "calibration.json"
+TOKENIZER, SENTENCE_TOKENIZER = "tokenizer.json", "sentence_tokenizer.json"
+
+
+class WeightsError(ValueError):
+    """The folder is not a checkpoint that this code can load; the message says what is missing or misshapen."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded model with everything it needs to read and write text."""
+
+    model: RSVLM
+    tokenizer: TextTokenizer
+    sentence_tokenizer: Tokenizer
+    calibration: Calibration
+    digest: str  # of tensors, config and calibration, 16 hex digits
+
+
+def save_checkpoint(folder: Path, model: RSVLM, tokenizer: TextTokenizer, sentence_tokenizer: Tokenizer,
+                    calibration: Calibration) -> None:  # fmt: skip
+    """Write a checkpoint. The model's batch norms must be folded already (`fold_norms`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.detach().half().contiguous() for k, v in model.state_dict().items()}
+    save_file(state, folder / TENSORS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(model.config.to_json() + "\n", encoding="utf-8")
+    tokenizer.save(folder / TOKENIZER)
+    sentence_tokenizer.save(str(folder / SENTENCE_TOKENIZER))
+    save_calibration(folder, calibration)
+
+
+def save_calibration(folder: Path, calibration: Calibration) -> None:
+    (folder / CALIBRATION).write_text(calibration.to_json() + "\n", encoding="utf-8")
+
+
+def load_checkpoint(folder: Path, device: str = "cpu") -> Checkpoint:
+    """Read a checkpoint in float32, ready to answer.
+
+    Raises:
+        WeightsError: a file is missing or unreadable, or the tensors do not fit the config.
+    """
+    for name in (CONFIG, TENSORS, CALIBRATION, TOKENIZER, SENTENCE_TOKENIZER):
+        if not (folder / name).is_file():
+            raise WeightsError(f"{folder} is no checkpoint: {name} is missing")
+    try:
+        config = ModelConfig.from_json((folder / CONFIG).read_text(encoding="utf-8"))
+        calibration = Calibration.from_json((folder / CALIBRATION).read_text(encoding="utf-8"))
+    except (TypeError, KeyError, json.JSONDecodeError) as error:
+        raise WeightsError(f"{folder}: its config or calibration cannot be read: {error}") from error
+    with torch.device("meta"):
+        model = RSVLM(config)
+    model = model.to_empty(device=device)
+    fold_norms(model.backbone)
+    try:
+        with safe_open(folder / TENSORS, framework="pt", device=device) as tensors:
+            state = {k: tensors.get_tensor(k).float() for k in tensors.keys()}  # noqa: SIM118 (not a dict)
+        model.load_state_dict(state)
+    except (SafetensorError, RuntimeError) as error:
+        raise WeightsError(f"{folder}/{TENSORS} does not fit {CONFIG}: {error}") from error
+    sentence_tokenizer = Tokenizer.from_file(str(folder / SENTENCE_TOKENIZER))
+    sentence_tokenizer.enable_truncation(config.sentence.max_tokens)
+    sentence_tokenizer.enable_padding()
+    return Checkpoint(
+        model.eval().requires_grad_(False),
+        TextTokenizer.load(folder / TOKENIZER),
+        sentence_tokenizer,
+        calibration,
+        _digest(folder),
+    )
+
+
+def _digest(folder: Path) -> str:
+    sha = hashlib.sha256()
+    for name in (CONFIG, CALIBRATION, TENSORS):
+        with (folder / name).open("rb") as file:
+            sha.update(hashlib.file_digest(file, "sha256").digest())
+    return sha.hexdigest()[:16]

@@ -1,0 +1,76 @@
+"""Attention through one function, rotary positions, and the key/value cache.
+
+`math` is the plain float32 reference; `sdpa` is PyTorch's fused kernel. Masks are boolean, True = may look.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Backend(StrEnum):
+    SDPA = "sdpa"
+    MATH = "math"
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: Backend = Backend.SDPA) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v.
+
+    q [B, H, T, d]; k, v [B, G, S, d] with H a multiple of G (grouped heads); mask bool, broadcastable to
+    [B, H, T, S]. Returns [B, H, T, d] in q's dtype.
+    """
+    if k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    if backend is Backend.SDPA:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])  # [B, H, T, S]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ v.float()).to(q.dtype)
+
+
+def rotary_table(positions: Tensor, width: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [..., width] of integer positions [...], the two halves alike (RoPE, Su et al. 2021)."""
+    rates = base ** (-torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
+    angles = positions[..., None].float() * rates
+    angles = torch.cat((angles, angles), -1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn x [B, H, T, d] by the table [B, T, d]; halves are paired as in Llama."""
+    first, second = x.chunk(2, -1)
+    turned = torch.cat((-second, first), -1)
+    return (x * cos[:, None] + turned * sin[:, None]).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of B sequences with room for `length` positions each.
+
+    Slots are static: writing at a position never moves anything. `rows` selects sequences when beams are reordered.
+    """
+
+    def __init__(self, layers: int, batch: int, heads: int, length: int, width: int, like: Tensor) -> None:
+        shape = (layers, 2, batch, heads, length, width)
+        self.data = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.filled = 0
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append T positions (k, v [B, G, T, d]) of one layer; returns all that is filled, [B, G, S, d] each."""
+        end = self.filled + k.shape[2]
+        self.data[layer, 0, :, :, self.filled : end] = k
+        self.data[layer, 1, :, :, self.filled : end] = v
+        return self.data[layer, 0, :, :, :end], self.data[layer, 1, :, :, :end]
+
+    def advance(self, positions: int) -> None:
+        """Count the positions that every layer has written."""
+        self.filled += positions
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the sequences `rows` [B'], in that order; repeats are allowed."""
+        self.data = self.data[:, :, rows]

@@ -1,0 +1,81 @@
+"""The language decoder: Llama-style blocks (RMSNorm, RoPE, grouped heads, SwiGLU experts) with MDA inside.
+
+It works on embeddings; what they stand for (visual tokens, a question, text) is the caller's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model_server.model.attention import KVCache, attend, rotary_table, rotate
+from model_server.model.config import DecoderConfig
+from model_server.model.experts import GranularExperts
+from model_server.model.fusion import SpatialIntegration, Windows
+
+
+class Block(nn.Module):
+    """Pre-norm attention and experts."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        w, self.heads, self.kv_heads = config.width, config.heads, config.kv_heads
+        self.head_width = w // config.heads
+        kv = self.kv_heads * self.head_width
+        self.norm1 = nn.RMSNorm(w, config.norm_eps)
+        self.qkv = nn.Linear(w, w + 2 * kv, bias=False)
+        self.out = nn.Linear(w, w, bias=False)
+        self.norm2 = nn.RMSNorm(w, config.norm_eps)
+        self.experts = GranularExperts(w, config.ffn, config.experts)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, expert: Tensor,
+                cache: KVCache | None, layer: int) -> Tensor:  # fmt: skip
+        """x [B, T, W] -> [B, T, W]; mask bool [B, 1, T, S], None = look at everything."""
+        b, t, w = x.shape
+        kv = self.kv_heads * self.head_width
+        q, k, v = self.qkv(self.norm1(x)).split([w, kv, kv], -1)
+        q, k, v = (y.view(b, t, -1, self.head_width).transpose(1, 2) for y in (q, k, v))  # [B, heads, T, d]
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.write(layer, k, v)
+        y = attend(q, k, v, mask).transpose(1, 2).reshape(b, t, w)
+        x = x + F.dropout(self.out(y), self.dropout, self.training)
+        return x + F.dropout(self.experts(self.norm2(x), expert), self.dropout, self.training)
+
+
+class Decoder(nn.Module):
+    """Blocks over embeddings; before each MDA layer the visual tokens look at the maps again (Aquila, MDA)."""
+
+    def __init__(self, config: DecoderConfig, mda: Mapping[int, SpatialIntegration]) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, config.norm_eps)
+        self.mda = nn.ModuleDict({str(layer): sfi for layer, sfi in mda.items()})
+
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None, expert: Tensor,
+                windows: Windows | None = None, cache: KVCache | None = None) -> Tensor:  # fmt: skip
+        """Hidden states [B, T, W] of embeddings x [B, T, W] at integer positions [B, T].
+
+        windows: given when x begins with the L*L visual tokens, for MDA; None on later steps over a cache.
+        expert: int [B] on the CPU, each sequence's expert row.
+        """
+        rope = rotary_table(positions, self.config.width // self.config.heads, self.config.rope_base)
+        for layer, block in enumerate(self.blocks):
+            if windows is not None and str(layer) in self.mda:
+                n = next(iter(windows.values())).shape[1]
+                x = torch.cat((self.mda[str(layer)](x[:, :n], windows), x[:, n:]), 1)
+            x = block(x, rope, mask, expert, cache, layer)
+        if cache is not None:
+            cache.advance(x.shape[1])
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Tied output embedding: [..., W] -> [..., vocabulary]."""
+        return F.linear(hidden, self.embed.weight)

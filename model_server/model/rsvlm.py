@@ -1,0 +1,176 @@
+"""The whole model: images to features, prompts to hidden states, and cached steps after them.
+
+A sequence is laid out as [visual | question | task token | answer]. The visual part is L*L SFI tokens, one token of
+the pooled image and one each of what the heads found (labels, objects, caption words). The question part is one
+token of the sentence vector and the sentence encoder's token states. Visual tokens see each other only, so what they
+become does not depend on the text; everything after them is causal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model_server.model.attention import KVCache
+from model_server.model.config import ModelConfig
+from model_server.model.decoder import Decoder
+from model_server.model.fusion import MapWindows, SpatialIntegration, Windows
+from model_server.model.heads import ImageHeads
+from model_server.model.sentence import SentenceEncoder
+from model_server.model.vision import Backbone
+
+HEAD_TOKENS = 4  # pooled image, labels, objects, caption words
+
+
+@dataclass
+class Features:
+    """What an image is after encoding; rows are images."""
+
+    visual: Tensor  # [B, P, D], the visual part of a sequence
+    windows: Windows  # for MDA
+    pooled: Tensor  # [B, head]
+
+    def rows(self, index: Tensor) -> Features:
+        return Features(self.visual[index], {s: w[index] for s, w in self.windows.items()}, self.pooled[index])
+
+
+@dataclass
+class Questions:
+    """Questions through the sentence encoder, padded to the longest; `mask` is all False where there is none."""
+
+    states: Tensor  # [B, Q, S]
+    vectors: Tensor  # [B, S]
+    mask: Tensor  # bool [B, Q]
+
+
+@dataclass
+class DecodeState:
+    """A prefilled batch: cache, which cached places are real, the next position and expert of each sequence."""
+
+    cache: KVCache
+    visible: Tensor  # bool [B, length]
+    position: Tensor  # int [B]
+    expert: Tensor  # int [B], CPU
+
+    def select(self, rows: Tensor) -> None:
+        self.cache.select(rows)
+        self.visible, self.position = self.visible[rows], self.position[rows]
+        self.expert = self.expert[rows.cpu()]
+
+
+class RSVLM(nn.Module):
+    """Remote-sensing vision-language model of one config."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        fusion, width, sentence = config.fusion, config.decoder.width, config.sentence.width
+        self.backbone = Backbone(config.backbone)
+        pooled = config.backbone.head
+        self.sentence = SentenceEncoder(config.sentence)
+        self.heads = ImageHeads(
+            pooled, sentence, config.embed_width, len(config.labels), len(config.objects), config.concepts
+        )
+        widths = {s: self.backbone.widths[s] for s in fusion.strides}
+        keys = {s: (config.image_size // s // fusion.grid) ** 2 for s in fusion.strides}
+        self.cut = MapWindows(widths, fusion.grid)
+        self.queries = nn.Parameter(torch.randn(fusion.grid**2, width) * 0.02)
+        last = max(self.backbone.widths)
+        self.from_last = nn.Linear(self.backbone.widths[last], width) if fusion.query_from_last else None
+        self.sfi = SpatialIntegration(widths, keys, width)
+        self.image_token = nn.Linear(pooled, width)
+        self.label_token = nn.Linear(max(len(config.labels), 1), width)
+        self.object_token = nn.Linear(max(len(config.objects), 1), width)
+        self.concept_token = nn.Linear(config.concepts, width)
+        self.question_states = nn.Linear(sentence, width)
+        self.question_vector = nn.Linear(sentence, width)
+        self.visual_norm = nn.RMSNorm(width)
+        mda = {layer: SpatialIntegration(widths, keys, width) for layer in fusion.mda_layers}
+        self.decoder = Decoder(config.decoder, mda)
+
+    @property
+    def visual_tokens(self) -> int:
+        return self.config.fusion.grid**2 + HEAD_TOKENS
+
+    def encode(self, images: Tensor) -> Features:
+        """uint8 [B, 3, side, side] -> features."""
+        return self.fuse(*self.backbone(images))
+
+    def fuse(self, maps: dict[int, Tensor], pooled: Tensor) -> Features:
+        """Backbone maps and pooled vectors to the visual tokens. The heads' findings enter without gradient."""
+        dtype = self.queries.dtype
+        pooled = pooled.to(dtype)
+        windows = self.cut({s: maps[s].to(dtype) for s in self.config.fusion.strides})
+        x = self.queries.expand(pooled.shape[0], -1, -1)
+        if self.from_last is not None:
+            x = x + self.from_last(self.grid_of_last(maps[max(maps)].to(dtype)))
+        x = self.sfi(x, windows)
+        with torch.no_grad():
+            labels = self.heads.labels(pooled).softmax(-1) if self.config.labels else pooled.new_zeros(len(pooled), 1)
+            objects = self.heads.objects(pooled).sigmoid() if self.config.objects else pooled.new_zeros(len(pooled), 1)
+            concepts = self.heads.concepts(pooled).sigmoid().sqrt()
+        found = (self.image_token(pooled), self.label_token(labels), self.object_token(objects))
+        heads = torch.stack((*found, self.concept_token(concepts)), 1)  # [B, 4, D]
+        return Features(self.visual_norm(torch.cat((x, heads), 1)), windows, pooled)
+
+    def grid_of_last(self, x: Tensor) -> Tensor:
+        """The coarsest map [B, C, H, W], averaged onto the query grid: [B, L*L, C]."""
+        n = self.config.fusion.grid
+        return nn.functional.adaptive_avg_pool2d(x, n).flatten(2).transpose(1, 2)
+
+    def read_questions(self, ids: Tensor, mask: Tensor) -> Questions:
+        """Token ids [B, Q] and mask of questions -> their states; a row without tokens is no question."""
+        asked = mask.any(1)
+        safe = mask.clone()
+        safe[~asked, :1] = True  # attention over nothing is undefined
+        states, vectors = self.sentence(ids, safe)
+        return Questions(states, vectors * asked[:, None].to(vectors.dtype), mask)
+
+    def prefill(self, features: Features, tasks: Tensor, questions: Questions | None, expert: Tensor,
+                room: int) -> tuple[Tensor, DecodeState]:  # fmt: skip
+        """Run [visual | question | task] of a mixed batch; returns next-token logits [B, V] and the state to go on.
+
+        tasks: int [B] token ids; expert: int [B] CPU; room: how many answer tokens may follow.
+        """
+        x, visible, positions = self.prompt(features, tasks, questions)
+        b, t, _ = x.shape
+        c = self.config.decoder
+        cache = KVCache(c.layers, b, c.kv_heads, t + room, c.width // c.heads, x)
+        hidden = self.decoder(x, positions, prompt_mask(visible, self.visual_tokens), expert, features.windows, cache)
+        seen = torch.ones(b, t + room, dtype=torch.bool, device=x.device)
+        seen[:, :t] = visible
+        return self.decoder.logits(hidden[:, -1]), DecodeState(cache, seen, positions[:, -1] + 1, expert)
+
+    def step(self, tokens: Tensor, state: DecodeState) -> Tensor:
+        """One more token of every sequence, int [B] -> next-token logits [B, V]."""
+        x = self.decoder.embed(tokens)[:, None]
+        mask = state.visible[:, None, None, : state.cache.filled + 1]
+        hidden = self.decoder(x, state.position[:, None], mask, state.expert, None, state.cache)
+        state.position = state.position + 1
+        return self.decoder.logits(hidden[:, -1])
+
+    def prompt(self, features: Features, tasks: Tensor, questions: Questions | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings [B, T, D], which of them are real [B, T], and their positions [B, T]."""
+        b, p = features.visual.shape[:2]
+        parts = [features.visual]
+        visible = [torch.ones(b, p, dtype=torch.bool, device=tasks.device)]
+        if questions is not None:
+            parts += [self.question_vector(questions.vectors)[:, None], self.question_states(questions.states)]
+            visible += [questions.mask.any(1, keepdim=True), questions.mask]
+        parts.append(self.decoder.embed(tasks)[:, None])
+        visible.append(torch.ones(b, 1, dtype=torch.bool, device=tasks.device))
+        seen = torch.cat(visible, 1)
+        return torch.cat(parts, 1), seen, (seen.cumsum(1) - 1).clamp(min=0)  # padding takes no position
+
+
+def prompt_mask(visible: Tensor, visual: int) -> Tensor:
+    """Who may look at whom, bool [B, 1, T, T]: visual tokens at all visual ones, the rest causally.
+
+    A hidden token looks at itself, so that no row is empty.
+    """
+    t = visible.shape[1]
+    place = torch.arange(t, device=visible.device)
+    causal = (place[None, :] <= place[:, None]) | ((place[None, :] < visual) & (place[:, None] < visual))
+    return (causal & visible[:, None, :] | torch.eye(t, dtype=torch.bool, device=visible.device))[:, None]

@@ -1,0 +1,220 @@
+"""The resident model as one object: a mixed batch of tile questions in, calibrated answers out.
+
+Knows pixels and text, nothing of rasters, HTTP or queues.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model_server.checkpoints.store import WeightsError, load_checkpoint
+from model_server.model.attention import Backend
+from model_server.model.experts import ROUTES, route
+from model_server.model.generate import Hypothesis, beam_search
+from model_server.model.rsvlm import Features
+from model_server.model.vision import square
+from model_server.protocol import AnswerKind, ModelInfo, RankedAnswer, Task, TileCaption, TileClasses, TileVqa
+from model_server.text.names import readable
+
+DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "nano"
+TASK_TOKEN: dict[Task, str] = {"caption": "[CAP]", "vqa": "[VQA]", "classify": "[CLS]"}
+NUMBER_WORDS = frozenset(
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty".split()
+)
+CAPTION_BEAMS, CAPTION_TOKENS, CAPTION_LENGTH_POWER = 3, 40, 0.7
+ANSWER_BEAMS, ANSWER_TOKENS = 5, 16
+SURE = 0.8  # what a full description names
+
+__all__ = ["DEFAULT_WEIGHTS", "Perceiver", "Query", "WeightsError"]
+
+
+@dataclass(frozen=True)
+class Query:
+    """One task on one tile, uint8 [H, W, 3] RGB."""
+
+    task: Task
+    image: np.ndarray
+    text: str = ""
+    labels: tuple[str, ...] = ()
+    detail: Literal["short", "full"] = "short"
+
+
+Answer = TileCaption | TileVqa | TileClasses
+
+
+class Perceiver:
+    """One loaded checkpoint. Not thread-safe: the engine is its only caller."""
+
+    def __init__(self, weights: Path, device: str = "cpu") -> None:
+        loaded = load_checkpoint(weights, device)
+        self.model, self.config = loaded.model, loaded.model.config
+        self.tokenizer, self.sentence_tokenizer = loaded.tokenizer, loaded.sentence_tokenizer
+        self.calibration = loaded.calibration
+        self.device = torch.device(device)
+        self.info = ModelInfo(
+            model=self.config.name,
+            weights_digest=loaded.digest,
+            attention_backend=Backend.SDPA,
+            precision="float32",
+            device=device,
+        )
+        merged = dict(self.config.merged_labels)
+        self.taxonomy = tuple(name for name in self.config.labels if name not in merged)
+        self._banned = torch.zeros(self.config.decoder.vocab_size, dtype=torch.bool, device=self.device)
+        self._banned[[self.tokenizer.pad, *self.tokenizer.tasks.values()]] = True
+
+    @classmethod
+    def load(cls, weights: Path = DEFAULT_WEIGHTS, device: str = "cpu") -> Perceiver:
+        """Raises WeightsError where the folder is not a checkpoint."""
+        return cls(Path(weights), device)
+
+    def warm_up(self) -> None:
+        """Answer one query of each task, so that the first caller does not pay for lazy initialisation."""
+        blank = np.full((self.config.image_size, self.config.image_size, 3), 127, np.uint8)
+        self.answer([Query("caption", blank), Query("vqa", blank, text="Is there water?"), Query("classify", blank)])
+
+    def route(self, task: Task) -> tuple[str, str]:
+        """Task token and expert that serve a task."""
+        return TASK_TOKEN[task], ROUTES[TASK_TOKEN[task]]
+
+    @torch.inference_mode()
+    def answer(self, queries: Sequence[Query]) -> list[Answer]:
+        """Answer a mixed batch, in order. Images are encoded together, then each kind of answer in one pass."""
+        if not queries:
+            return []
+        features = self.model.encode(self._pixels([q.image for q in queries]))
+        answers: list[Answer | None] = [None] * len(queries)
+        for task, serve in (("caption", self._captions), ("vqa", self._answers), ("classify", self._classes)):
+            rows = [i for i, q in enumerate(queries) if q.task == task]
+            if rows:
+                group = features.rows(torch.tensor(rows, device=self.device))
+                for i, answer in zip(rows, serve(group, [queries[i] for i in rows]), strict=True):
+                    answers[i] = answer
+        return [a for a in answers if a is not None]
+
+    @torch.inference_mode()
+    def image_features(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """float32 [N, D] unit rows in which images described alike lie close: image vector and caption words."""
+        pooled = self.model.backbone(self._pixels(images))[1]
+        heads = self.model.heads
+        words = F.normalize(heads.concepts(pooled).sigmoid().sqrt(), dim=-1)
+        return (torch.cat((heads.image_vectors(pooled), words), -1) / math.sqrt(2)).cpu().numpy()
+
+    def _pixels(self, images: Sequence[np.ndarray]) -> Tensor:
+        return torch.stack([square(image, self.config.image_size) for image in images]).to(self.device)
+
+    def _decode(self, features: Features, task: Task, questions: Sequence[str], beams: int, steps: int,
+                length_power: float) -> list[list[Hypothesis]]:  # fmt: skip
+        n = len(features.visual)
+        token, expert = TASK_TOKEN[task], route(TASK_TOKEN[task], self.config.decoder.experts)
+        read = None
+        if questions:
+            ids, mask = self._sentence_ids(questions)
+            read = self.model.read_questions(ids, mask)
+        tasks = torch.full((n,), self.tokenizer.tasks[token], device=self.device)
+        logits, state = self.model.prefill(features, tasks, read, torch.full((n,), expert), steps)
+        return beam_search(
+            self.model, logits, state, beams=beams, steps=steps, end=self.tokenizer.end, banned=self._banned,
+            length_power=length_power,
+        )  # fmt: skip
+
+    def _captions(self, features: Features, queries: Sequence[Query]) -> list[TileCaption]:
+        found = self._decode(features, "caption", (), CAPTION_BEAMS, CAPTION_TOKENS, CAPTION_LENGTH_POWER)
+        out = []
+        for i, (query, hypotheses) in enumerate(zip(queries, found, strict=True)):
+            best = hypotheses[0]
+            text = sentence(self.tokenizer.decode(best.ids))
+            if query.detail == "full":
+                text = " ".join([text, *self._findings(features.pooled[i : i + 1])])
+            out.append(TileCaption(caption=text, confidence=self.calibration.caption(best.score(1.0))))
+        return out
+
+    def _findings(self, pooled: Tensor) -> list[str]:
+        """Sentences on the scene and the objects that the heads are sure of."""
+        scores = self._label_scores(pooled, self.taxonomy)[0]
+        best = max(range(len(scores)), key=scores.__getitem__)
+        seen = self.model.heads.objects(pooled).sigmoid()[0].tolist()
+        objects = [name for name, p in zip(self.config.objects, seen, strict=True) if p >= SURE]
+        out = [f"The scene looks like {self.taxonomy[best]}."] if scores[best] >= SURE else []
+        return [*out, f"Visible: {', '.join(objects)}."] if objects else out
+
+    def _answers(self, features: Features, queries: Sequence[Query]) -> list[TileVqa]:
+        found = self._decode(features, "vqa", [q.text for q in queries], ANSWER_BEAMS, ANSWER_TOKENS, 0.0)
+        return [self._vqa(hypotheses) for hypotheses in found]
+
+    def _vqa(self, hypotheses: Sequence[Hypothesis]) -> TileVqa:
+        said = list({self.tokenizer.decode(h.ids): h.logprob for h in reversed(hypotheses)}.items())[::-1]
+        answer, logprob = said[0]
+        kind = answer_kind(answer)
+        if kind == "yes_no":  # the odds of yes against no, whatever else might have been said
+            pair = [p for a, p in said if answer_kind(a) == "yes_no"]
+            logprob -= math.log(sum(math.exp(p) for p in pair))
+        confidence = self.calibration.answer_confidence(logprob, kind == "yes_no")
+        rest = sum(math.exp(p) for _, p in said[1:])
+        others = [
+            RankedAnswer(answer=a, confidence=(1 - confidence) * math.exp(p) / max(rest, 1e-9))
+            for a, p in said[1:4]
+            if kind != "yes_no" or answer_kind(a) == "yes_no"
+        ]
+        return TileVqa(
+            answer=answer,
+            kind=kind,
+            confidence=confidence,
+            abstained=confidence < self.calibration.abstain_below(kind == "yes_no"),
+            alternatives=others,
+        )
+
+    def _classes(self, features: Features, queries: Sequence[Query]) -> list[TileClasses]:
+        out = []
+        for i, query in enumerate(queries):
+            labels = query.labels or self.taxonomy
+            scores = self._label_scores(features.pooled[i : i + 1], labels, merge=not query.labels)[0]
+            out.append(TileClasses(labels=list(labels), scores=scores))
+        return out
+
+    def _label_scores(self, pooled: Tensor, labels: Sequence[str], merge: bool = True) -> list[list[float]]:
+        """Probabilities [B, N] over a list of labels; `merge` adds what near-synonyms of the taxonomy got."""
+        merged = dict(self.config.merged_labels) if merge else {}
+        names = [*labels, *merged]
+        ids, mask = self._sentence_ids(names)
+        row = {name: i for i, name in enumerate(self.config.labels)}
+        known = torch.tensor([row.get(readable(name), -1) for name in names], device=self.device)
+        logits = self.model.heads.label_logits(pooled, self.model.sentence(ids, mask)[1], known)
+        probabilities = (logits / self.calibration.label_temperature).softmax(-1)
+        out = probabilities[:, : len(labels)].clone()
+        for i, name in enumerate(merged, start=len(labels)):
+            out[:, list(labels).index(merged[name])] += probabilities[:, i]
+        return out.tolist()
+
+    def _sentence_ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        encoded = self.sentence_tokenizer.encode_batch([readable(t) for t in texts])
+        ids = torch.tensor([e.ids for e in encoded], device=self.device)
+        return ids, torch.tensor([e.attention_mask for e in encoded], device=self.device).bool()
+
+
+def sentence(text: str) -> str:
+    """Capital and full stop."""
+    text = re.sub(r"\s+", " ", text).strip()
+    return text[:1].upper() + text[1:] + "." if text else text
+
+
+def answer_kind(answer: str) -> AnswerKind:
+    """What kind of thing an answer is, read off the answer."""
+    if answer in ("yes", "no"):
+        return "yes_no"
+    if answer.isdigit() or answer in NUMBER_WORDS:
+        return "count"
+    if re.fullmatch(r"[\d.]+ ?m2", answer):
+        return "area"
+    return "category" if len(answer.split()) <= 3 else "text"
