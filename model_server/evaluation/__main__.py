@@ -17,7 +17,7 @@ from model_server.evaluation.classification import evaluate_classes
 from model_server.evaluation.dataset import EvaluatedSet, read_set
 from model_server.evaluation.report import markdown, print_tables
 from model_server.evaluation.results import Results
-from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver
+from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver, WeightsError
 from model_server.training.records import DataError, set_names
 
 TASKS: dict[str, Callable[[Model, EvaluatedSet, Results], None]] = {
@@ -28,21 +28,21 @@ TASKS: dict[str, Callable[[Model, EvaluatedSet, Results], None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Evaluate the model on a data directory, write and print what was measured; 2 when there is nothing to measure."""
+    """Evaluate the model on a data directory, write and print what was measured; 2 when there is no model or no set."""
     options = parser().parse_args(arguments)
-    console = Console()
-    model = Perceiver.load(options.weights)
     try:
+        model = Perceiver.load(options.weights)
         results = evaluate(model, options)
-    except DataError as error:
-        console.print(f"[red]{error}[/red]")
+    except (DataError, WeightsError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     results.write(options.out)
-    print_tables(results, console)
     if options.report is not None:
         page = markdown(results, model.info, _command(options), datetime.now(UTC).date().isoformat())
         options.report.parent.mkdir(parents=True, exist_ok=True)
         options.report.write_text(page)
+    # A file or pipe has no width of its own; the tables need this much.
+    print_tables(results, Console(width=None if sys.stdout.isatty() else 160))
     return 0
 
 

@@ -194,3 +194,12 @@ def test_the_command_measures_a_real_checkpoint(toy_data: Path, debug_weights: P
     assert "absent: absent" in run.stdout
     assert "--weights WEIGHTS_DIR" in report.read_text()
     assert list(out.parent.glob("neighbours-toy-*.npz"))
+
+
+def test_a_folder_without_a_checkpoint_is_one_line_of_error(
+    toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [toy_data, "--sets", "toy", "--out", tmp_path / "r.json", "--weights", tmp_path / "none"]
+    assert command.main([str(argument) for argument in arguments]) == 2
+    assert "none" in capsys.readouterr().err
+    assert not (tmp_path / "r.json").exists()

@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 from random import Random
 
@@ -20,14 +19,6 @@ from model_server.text.questions import (
     with_article,
 )
 from model_server.training.records import Record, read_records
-
-
-@pytest.fixture(scope="module")
-def real_data() -> Path:
-    folder = Path(os.environ.get("RS_DATA", Path(__file__).parents[3] / "shared" / "data"))
-    if not all((folder / name).is_dir() for name in ("ucm", "rsvqa_lr", "rsvqa_hr")):
-        pytest.skip(f"no labelled data in {folder}; RS_DATA names the folder")
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -164,18 +155,18 @@ def test_the_answer_to_a_scene_question_is_the_class_in_words() -> None:
     assert answers == ["golf course", "farmland"]
 
 
-def test_nearly_all_questions_of_the_real_data_are_read(real_data: Path) -> None:
-    records = read_records(real_data, ["ucm", "rsvqa_lr", "rsvqa_hr"], None)
+def test_nearly_all_questions_of_the_real_data_are_read(labelled_data: Path) -> None:
+    records = read_records(labelled_data, ["ucm", "rsvqa_lr", "rsvqa_hr"], None)
     questions = [qa.question for record in records for qa in record.qa]
     assert len(questions) > 10_000
     assert sum(parse(question) is not None for question in questions) / len(questions) > 0.99
 
 
-def test_presence_questions_of_the_real_data_are_balanced_for_every_label(real_data: Path) -> None:
+def test_presence_questions_of_the_real_data_are_balanced_for_every_label(labelled_data: Path) -> None:
     rng = Random(0)
     answers = [
         (label, qa.answer)
-        for record in read_records(real_data, ["ucm"], "train")
+        for record in read_records(labelled_data, ["ucm"], "train")
         for label in record.presence
         for qa in presence_questions(
             Record(record.id, "ucm", "train", (), 8, 8, presence={label: record.presence[label]}), rng
