@@ -57,7 +57,7 @@ def evaluate(model: Model, options: argparse.Namespace) -> Results:
     train_dir = options.train_data or options.data_dir
     for name in options.sets:
         if name not in there:
-            results.notes.append(f"{name}: {options.data_dir} has no such set")
+            results.notes.append(f"{name}: the data directory has no such set")
             continue
         data = read_set(options.data_dir, train_dir, name, options.split, options.limit, options.out.parent)
         if not data.records:
