@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,8 +134,7 @@ def test_an_overview_named_inside_the_image_is_refused(root: Path, secret: Path)
 
 def test_an_overview_named_in_a_sidecar_file_is_refused(root: Path, secret: Path) -> None:
     (root / "a.tif.aux.xml").write_text(
-        '<PAMDataset><Metadata domain="OVERVIEWS">'
-        f'<MDI key="OVERVIEW_FILE">{secret}</MDI></Metadata></PAMDataset>'
+        f'<PAMDataset><Metadata domain="OVERVIEWS"><MDI key="OVERVIEW_FILE">{secret}</MDI></Metadata></PAMDataset>'
     )
     with pytest.raises(AccessError, match="names another file as its overview"):
         opened(root / "a.tif")
@@ -189,13 +189,12 @@ def test_a_truncated_image_is_an_error_that_names_the_driver_and_no_folder(root:
 
 
 def test_an_image_stored_as_one_giant_block_is_refused_before_it_is_decoded(root: Path) -> None:
-    side = int(np.sqrt(MAX_BLOCK_BYTES)) // 16 * 16
-    path = root / "block.tif"
-    size = {"width": side + 16, "height": side + 16, "blockxsize": side + 16, "blockysize": side + 16}
-    with rasterio.open(path, "w", driver="GTiff", count=1, dtype="uint8", tiled=True, SPARSE_OK=True, **size):
+    side = int(np.sqrt(MAX_BLOCK_BYTES)) // 16 * 16 + 16
+    profile: dict[str, Any] = {"width": side, "height": side, "blockxsize": side, "blockysize": side, "tiled": True}
+    with rasterio.open(root / "b.tif", "w", driver="GTiff", count=1, dtype="uint8", SPARSE_OK=True, **profile):
         pass
     with pytest.raises(ImageError, match="gdal_translate"):
-        opened(path)
+        opened(root / "b.tif")
 
 
 def test_the_images_of_a_folder_are_found_by_extension_and_inside_the_roots(root: Path, secret: Path) -> None:

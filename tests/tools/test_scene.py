@@ -1,0 +1,335 @@
+"""Rasters as practitioners have them: bands, stretch, missing pixels, windows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from affine import Affine
+from rasterio.control import GroundControlPoint
+from rasters import BUNDLED, DATA, UTM, noise, opened, whole, write
+
+from rs_tools.errors import ImageError, InputError, RegionError
+
+RGB = ["red", "green", "blue"]
+NAN = float("nan")
+
+
+def bands_of(path: Path) -> tuple[int, ...]:
+    return opened(path).choice.indexes
+
+
+# --- bands
+
+
+def test_declared_eight_bit_colours_pass_unchanged(tmp_path: Path) -> None:
+    values = noise(3, 30, 40, low=3, high=9)
+    scene = opened(write(tmp_path / "a.tif", values, photometric="RGB"))
+    np.testing.assert_array_equal(whole(scene).rgb, values.transpose(1, 2, 0))
+    assert str(scene.stretch) == "none"
+    assert scene.modality == "optical"
+
+
+def test_colour_interpretation_orders_the_bands(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tif", noise(4, 9, 9), colors=["blue", "green", "red", "undefined"])
+    assert bands_of(path) == (3, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("descriptions", "chosen"),
+    [
+        (["Blue", "Green", "Red", "NIR"], (3, 2, 1)),
+        (["coastal", "blue", "green", "red_edge", "red"], (5, 3, 2)),
+        (["B02", "B03", "B04", "B08"], (3, 2, 1)),
+        (["SR_B1", "SR_B2", "SR_B3", "SR_B4", "SR_B5"], (4, 3, 2)),
+        (["VH", "VV"], (1,)),
+    ],
+)
+def test_descriptions_choose_the_bands(tmp_path: Path, descriptions: list[str], chosen: tuple[int, ...]) -> None:
+    path = write(
+        tmp_path / "a.tif", noise(len(descriptions), 9, 9), photometric="MINISBLACK", descriptions=descriptions
+    )
+    assert bands_of(path) == chosen
+
+
+def test_bands_without_names_get_a_default_and_a_warning(tmp_path: Path) -> None:
+    scene = opened(write(tmp_path / "a.tif", noise(6, 9, 9), photometric="MINISBLACK"))
+    assert scene.choice.indexes == (3, 2, 1)
+    assert any("does not say which of its bands are colours" in warning for warning in scene.warnings)
+    assert scene.modality == "multispectral"
+
+
+def test_explicit_bands_overrule_the_file(tmp_path: Path) -> None:
+    values = noise(4, 9, 9)
+    scene = opened(write(tmp_path / "a.tif", values, photometric="RGB"), bands=(4, 2, 1))
+    np.testing.assert_array_equal(whole(scene).rgb, values[[3, 1, 0]].transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize("bands", [(1, 2), (0, 1, 2), (1, 2, 5), (5,)])
+def test_bands_that_do_not_exist_are_refused_with_the_range(tmp_path: Path, bands: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="from 1 to 4"):
+        opened(write(tmp_path / "a.tif", noise(4, 9, 9)), bands=bands)
+
+
+def test_a_palette_is_shown_in_its_colours_and_its_transparent_entries_are_missing(tmp_path: Path) -> None:
+    values = np.array([[[0, 1], [2, 1]]], "uint8")
+    colormap = {0: (0, 0, 0, 255), 1: (250, 10, 20, 255), 2: (1, 2, 3, 255)}
+    scene = opened(write(tmp_path / "a.tif", values, colormap=colormap))
+    assert whole(scene).rgb.tolist() == [[[0, 0, 0], [250, 10, 20]], [[1, 2, 3], [250, 10, 20]]]
+    assert scene.modality == "classified"
+    transparent = write(tmp_path / "b.png", values, driver="PNG", colormap=colormap | {1: (250, 10, 20, 0)})
+    assert whole(opened(transparent)).valid.tolist() == [[True, False], [True, False]]
+
+
+# --- stretch
+
+
+def test_sixteen_bit_values_fill_the_range_and_every_window_is_stretched_alike(tmp_path: Path) -> None:
+    values = noise(3, 64, 64, "uint16", 900, 2000)
+    values[:, :, 32:] += 3000
+    scene = opened(write(tmp_path / "a.tif", values, photometric="RGB"))
+    full = whole(scene).rgb
+    assert full.min() == 0
+    assert full.max() == 255
+    half = scene.read((32, 0, 64, 64), (32, 64)).rgb
+    np.testing.assert_array_equal(half, full[:, 32:])
+
+
+def test_nodata_does_not_bend_the_stretch(tmp_path: Path) -> None:
+    values = noise(1, 64, 64, "uint16", 1000, 2000)
+    values[:, :, 20:] = 65535
+    scene = opened(write(tmp_path / "a.tif", values, nodata=65535))
+    [(low, high)] = scene.stretch.limits
+    assert 1000 <= low < high <= 2000
+    assert whole(scene).valid[:, :20].all()
+    assert not whole(scene).valid[:, 20:].any()
+
+
+def test_dull_eight_bit_bands_without_names_are_stretched_and_lively_ones_are_not(tmp_path: Path) -> None:
+    dull = opened(write(tmp_path / "a.tif", noise(3, 64, 64, low=40, high=90), photometric="MINISBLACK"))
+    lively = opened(write(tmp_path / "b.tif", noise(3, 64, 64, low=0, high=255), photometric="MINISBLACK"))
+    assert dull.stretch.kind == "linear"
+    assert whole(dull).rgb.max() == 255
+    assert lively.stretch.kind == "none"
+
+
+def test_radar_amplitudes_go_through_decibels_so_that_a_few_bright_targets_do_not_blacken_the_sea(
+    tmp_path: Path,
+) -> None:
+    speckle = np.random.default_rng(0).rayleigh(0.05, (1, 128, 128)).astype("float32")
+    speckle[:, 60:70, 60:70] = 30.0
+    scene = opened(write(tmp_path / "a.tif", speckle))
+    assert scene.modality == "sar"
+    assert scene.stretch.kind == "decibel"
+    tile = whole(scene).rgb
+    assert 60 < np.median(tile) < 240
+    assert tile[65, 65, 0] == 255
+
+
+def test_decibels_are_recognised_by_their_range(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(-14, 4, (1, 64, 64)).astype("float32")
+    scene = opened(write(tmp_path / "a.tif", values))
+    assert (scene.modality, scene.stretch.kind) == ("sar", "linear")
+    assert "decibels" in scene.modality_reason
+
+
+def test_complex_radar_values_are_shown_by_their_magnitude(tmp_path: Path) -> None:
+    values = np.full((1, 8, 8), 3 + 4j, "complex64")
+    values[:, :, 4:] = 6 + 8j
+    scene = opened(write(tmp_path / "a.tif", values))
+    assert scene.modality == "sar"
+    assert scene.stretch.limits == ((5.0, 10.0),)
+    assert whole(scene).rgb[0, :, 0].tolist() == [0] * 4 + [255] * 4
+
+
+def test_an_image_of_one_value_is_mid_grey(tmp_path: Path) -> None:
+    scene = opened(write(tmp_path / "a.tif", np.full((3, 8, 8), 10_000, "uint16"), photometric="RGB"))
+    assert set(whole(scene).rgb.ravel().tolist()) == {128}
+
+
+# --- missing pixels
+
+
+def test_alpha_zero_is_missing(tmp_path: Path) -> None:
+    values = noise(4, 8, 8, low=100)
+    values[3] = 255
+    values[3, :, :3] = 0
+    pixels = whole(opened(write(tmp_path / "a.tif", values, photometric="RGB", alpha="yes")))
+    assert pixels.valid.sum(axis=1).tolist() == [5] * 8
+    assert pixels.rgb[:, :3].max() == 0
+
+
+def test_a_mask_band_is_obeyed(tmp_path: Path) -> None:
+    mask = np.full((8, 8), 255, "uint8")
+    mask[2:4] = 0
+    pixels = whole(opened(write(tmp_path / "a.tif", noise(3, 8, 8), photometric="RGB", mask=mask)))
+    np.testing.assert_array_equal(pixels.valid, mask > 0)
+
+
+def test_black_in_one_band_alone_is_a_colour_even_where_nodata_is_zero(tmp_path: Path) -> None:
+    values = noise(3, 8, 8, low=50)
+    values[0, 0, 0] = 0
+    values[:, 1, 1] = 0
+    valid = whole(opened(write(tmp_path / "a.tif", values, photometric="RGB", nodata=0))).valid
+    assert valid[0, 0]
+    assert not valid[1, 1]
+
+
+@pytest.mark.parametrize("nodata", [None, NAN, -9999.0])
+def test_missing_decimal_values_leave_their_neighbours_alone_when_decimated(
+    tmp_path: Path, nodata: float | None
+) -> None:
+    values = np.full((1, 64, 64), 0.5, "float32")
+    values[:, :, 32:] = 0.7
+    values[0, ::3, ::3] = NAN if nodata is None else nodata
+    values[0, :16] = NAN if nodata is None else nodata
+    scene = opened(write(tmp_path / "a.tif", values, nodata=nodata))
+    pixels = whole(scene, (16, 16))
+    assert not pixels.valid[:4].any()
+    assert pixels.valid[4:].all()
+    assert set(pixels.rgb[4:, :8].ravel().tolist()) == {0}
+    assert set(pixels.rgb[4:, 8:].ravel().tolist()) == {255}
+
+
+def test_missing_integers_leave_their_neighbours_alone_when_decimated(tmp_path: Path) -> None:
+    values = np.full((3, 64, 64), 200, "uint8")
+    values[:, :, ::4] = 0
+    values[:, :16] = 0
+    pixels = whole(opened(write(tmp_path / "a.tif", values, photometric="RGB", nodata=0)), (16, 16))
+    assert not pixels.valid[:4].any()
+    assert set(pixels.rgb[pixels.valid].ravel().tolist()) == {200}
+
+
+# --- windows
+
+
+def test_an_empty_region_is_the_whole_image_and_fractions_grow_to_pixel_edges(tmp_path: Path) -> None:
+    scene = opened(write(tmp_path / "a.tif", noise(3, 30, 40)))
+    assert scene.region([]) == (0, 0, 40, 30)
+    assert scene.region([0, 0, 40, 30]) == (0, 0, 40, 30)
+    assert scene.region([1.2, 2.9, 3.1, 4]) == (1, 2, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "region",
+    [[0, 0, 41, 30], [-1, 0, 5, 5], [50, 50, 60, 60], [5, 5, 5, 9], [9, 5, 5, 9], [1, 2, 3], [0, 0, NAN, 5]],
+)
+def test_a_region_outside_empty_or_reversed_is_an_error_with_the_size(tmp_path: Path, region: list[float]) -> None:
+    scene = opened(write(tmp_path / "a.tif", noise(3, 30, 40)))
+    with pytest.raises(RegionError, match="40x30"):
+        scene.region(region)
+
+
+def test_a_window_of_a_decimated_image_shows_the_same_place(tmp_path: Path) -> None:
+    ramp = np.broadcast_to(np.arange(256, dtype="uint8")[None, None], (3, 128, 256))
+    scene = opened(write(tmp_path / "a.tif", ramp, photometric="RGB"))
+    tile = scene.read((128, 0, 256, 128), (32, 32)).rgb
+    np.testing.assert_allclose(tile[0, :, 0], 129.5 + 4 * np.arange(32), atol=1)
+
+
+def test_memory_stays_flat_however_large_the_file() -> None:
+    program = """
+import resource, sys, tempfile, rasterio
+from pathlib import Path
+from rs_tools.imagery.access import AccessPolicy
+from rs_tools.imagery.scene import Scene
+folder = Path(tempfile.mkdtemp())
+size = dict(width=8000, height=8000, count=3, dtype="uint16", tiled=True, photometric="RGB")
+with rasterio.open(folder / "big.tif", "w", driver="GTiff", SPARSE_OK=True, **size):
+    pass
+with rasterio.open(folder / "small.tif", "w", driver="GTiff", **size | dict(width=64, height=64)):
+    pass
+def peak(name):
+    scene = Scene.open(AccessPolicy([folder]), str(folder / name))
+    scene.read(scene.region([]), (min(512, scene.width), min(512, scene.height)))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+small = peak("small.tif")
+print(peak("big.tif") - small)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 150  # MiB; the image itself has 366
+
+
+# --- identity
+
+
+def test_the_digest_follows_the_content_and_not_the_name(tmp_path: Path) -> None:
+    values = noise(3, 30, 40)
+    first = opened(write(tmp_path / "a.tif", values))
+    (tmp_path / "b.tif").write_bytes((tmp_path / "a.tif").read_bytes())
+    assert opened(tmp_path / "b.tif").digest == first.digest
+    values[0, 0, 0] ^= 1
+    assert opened(write(tmp_path / "c.tif", values)).digest != first.digest
+
+
+def test_the_digest_of_a_large_file_reads_pieces_of_it_up_to_its_end(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tif", noise(3, 1500, 1500))
+    first = opened(path).digest
+    with path.open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+    assert opened(path).digest != first
+
+
+def test_a_file_that_changed_since_it_was_opened_is_not_read(tmp_path: Path) -> None:
+    scene = opened(write(tmp_path / "a.tif", noise(3, 30, 40)))
+    write(tmp_path / "a.tif", noise(3, 31, 41))
+    with pytest.raises(ImageError, match="changed while it was in use"):
+        whole(scene)
+
+
+# --- places
+
+
+def test_a_rotated_transform_without_crs_gives_no_place_and_says_so(tmp_path: Path) -> None:
+    rotated = Affine.translation(100, 200) * Affine.rotation(30) * Affine.scale(10)
+    scene = opened(write(tmp_path / "a.tif", noise(1, 9, 9), transform=rotated))
+    assert scene.georeference is None
+    assert any("no coordinate reference system" in warning for warning in scene.warnings)
+
+
+def test_a_local_crs_gives_no_place_and_says_so(tmp_path: Path) -> None:
+    local = 'LOCAL_CS["site grid",UNIT["metre",1],AXIS["Easting",EAST],AXIS["Northing",NORTH]]'
+    scene = opened(write(tmp_path / "a.tif", noise(1, 9, 9), crs=local, transform=UTM))
+    assert scene.georeference is None
+    assert any("no place on Earth" in warning for warning in scene.warnings)
+
+
+def test_ground_control_points_alone_are_named_with_the_remedy(tmp_path: Path) -> None:
+    points = [GroundControlPoint(row=r, col=c, x=10 + c / 100, y=50 - r / 100) for r in (0, 8) for c in (0, 8)]
+    scene = opened(write(tmp_path / "a.tif", noise(1, 9, 9), gcps=points, crs="EPSG:4326"))
+    assert scene.georeference is None
+    assert any("gdalwarp" in warning for warning in scene.warnings)
+
+
+def test_a_crs_without_epsg_code_still_gives_places() -> None:
+    scene = opened(BUNDLED / "raleigh_landsat7.tif")
+    assert scene.georeference is not None
+    bounds = scene.georeference.bounds(scene.width, scene.height)
+    assert bounds == pytest.approx([-78.77, 35.69, -78.61, 35.81], abs=0.01)
+    assert scene.choice.indexes == (3, 2, 1)
+    assert not whole(scene).valid[0].any()
+
+
+def labelled_scenes() -> list[dict]:
+    records = DATA / "scenes" / "records.jsonl"
+    return [json.loads(line) for line in records.read_text().splitlines()] if records.exists() else []
+
+
+@pytest.mark.skipif(not labelled_scenes(), reason=f"no labelled scenes in {DATA}")
+@pytest.mark.parametrize("record", labelled_scenes(), ids=lambda record: record["id"])
+def test_scenes_found_in_the_wild_open_as_they_are_described(record: dict) -> None:
+    scene = opened(DATA / "scenes" / record["images"][0])
+    assert (scene.width, scene.height, len(scene.bands)) == (record["width"], record["height"], record["band_count"])
+    assert (scene.georeference is not None) == record["crs"]
+    if scene.georeference and record["gsd_m"]:
+        assert scene.georeference.gsd_m(scene.width, scene.height) == pytest.approx(record["gsd_m"], rel=0.25)
+    pixels = whole(scene)
+    assert pixels.valid.any()
+    assert pixels.rgb.shape == (scene.height, scene.width, 3)

@@ -1,0 +1,80 @@
+"""`rs_tools.open` as a script uses it, over HTTP, sync and async."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from rasters import BUNDLED, noise, scripted_answer, write
+
+import rs_tools
+from model_server.protocol import decode_request, encode_response
+from rs_tools.errors import AccessError, InputError
+
+ROAD = BUNDLED / "yellowstone_road.jpg"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        request, tiles = decode_request(self.rfile.read(int(self.headers["Content-Length"])))
+        body = encode_response(scripted_answer(request, len(tiles)))
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        thread = threading.Thread(target=http.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+        thread.join()
+
+
+def test_a_script_asks_without_an_event_loop(server: str) -> None:
+    scene = rs_tools.open(ROAD, server=server)
+    assert scene.inspect().width == 900
+    assert scene.caption().caption == "A river."
+    assert scene.vqa("Is there a road?", region=[0, 0, 300, 300]).answer == "yes"
+    assert scene.classify(["road", "sea"]).label == "sea"
+
+
+async def test_async_callers_share_the_same_client_as_sync_ones(server: str) -> None:
+    scene = rs_tools.open(ROAD, server=server)
+    inspected, caption, vqa, classes = await asyncio.gather(
+        scene.ainspect(), scene.acaption(), scene.avqa("Is there a road?"), scene.aclassify(["road", "sea"])
+    )
+    assert (inspected.width, caption.caption, vqa.answer, classes.label) == (900, "A river.", "yes", "sea")
+    assert (await asyncio.to_thread(scene.caption)).caption == "A river."
+
+
+def test_errors_arrive_as_they_were_raised(tmp_path: Path, server: str) -> None:
+    with pytest.raises(InputError, match="empty"):
+        rs_tools.open(ROAD, server=server).vqa(" ")
+    with pytest.raises(AccessError, match="no image file"):
+        rs_tools.open(tmp_path / "absent.tif", server=server).caption()
+    with pytest.raises(AccessError):
+        rs_tools.open(tmp_path / "no folder" / "absent.tif", server=server)
+
+
+def test_bands_are_chosen_once_for_all_questions(tmp_path: Path, server: str) -> None:
+    scene = rs_tools.open(write(tmp_path / "a.tif", noise(4, 9, 9)), bands=[4, 3, 2], server=server)
+    assert scene.caption().provenance.bands == [4, 3, 2]
+    assert scene.inspect().provenance.bands == [4, 3, 2]
+
+
+def test_the_tools_never_import_torch() -> None:
+    program = "import sys, rs_tools, rs_tools.tools, rs_tools.client; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
