@@ -16,8 +16,9 @@ SCENE = "itaipu_landsat8.tif"
 async def test_the_server_names_itself_its_version_and_its_tools_in_a_fixed_order(connect: Connect) -> None:
     async with connect() as client:
         tools = (await client.list_tools()).tools
-    assert client.server_info is not None
-    assert (client.server_info.name, client.server_info.version) == ("rs-perception", version("rs-perception"))
+        server = client.server_info
+    assert server is not None
+    assert (server.name, server.version) == ("rs-perception", version("rs-perception"))
     assert [tool.name for tool in tools] == TOOLS
 
 

@@ -87,10 +87,10 @@ async def test_a_long_call_reports_progress_that_only_grows_and_can_be_cancelled
 ) -> None:
     monkeypatch.setattr(mcp_server, "PROGRESS_EVERY_S", 0.02)
     seen: list[float] = []
-    enough = asyncio.Event()
-    hung_up = asyncio.Event()
+    asked, enough, hung_up = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def never_answers(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.set()
         await reader.read(-1)  # until the other side hangs up
         hung_up.set()
         writer.close()
@@ -106,6 +106,7 @@ async def test_a_long_call_reports_progress_that_only_grows_and_can_be_cancelled
         async with Client(mcp_server.build_server(AccessPolicy([root]), url)) as client:
             call = asyncio.create_task(client.call_tool("caption", {"image": SCENE}, progress_callback=heard))
             async with asyncio.timeout(60):
+                await asked.wait()
                 await enough.wait()
                 call.cancel()
                 await hung_up.wait()
