@@ -51,4 +51,5 @@ class Calibration:
     @classmethod
     def from_json(cls, text: str) -> Calibration:
         raw: dict[str, Any] = json.loads(text)
-        return cls(**{k: Logistic(**v) if isinstance(v, dict) else v for k, v in raw.items()})
+        values: dict[str, Any] = {k: Logistic(**v) if isinstance(v, dict) else v for k, v in raw.items()}
+        return cls(**values)

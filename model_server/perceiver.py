@@ -23,15 +23,12 @@ from model_server.model.experts import ROUTES, route
 from model_server.model.generate import Hypothesis, beam_search
 from model_server.model.rsvlm import Features
 from model_server.model.vision import square
-from model_server.protocol import AnswerKind, ModelInfo, RankedAnswer, Task, TileCaption, TileClasses, TileVqa
+from model_server.protocol import ModelInfo, RankedAnswer, Task, TileCaption, TileClasses, TileVqa
+from model_server.text.answers import answer_kind
 from model_server.text.names import readable
 
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "nano"
 TASK_TOKEN: dict[Task, str] = {"caption": "[CAP]", "vqa": "[VQA]", "classify": "[CLS]"}
-NUMBER_WORDS = frozenset(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty".split()
-)
 CAPTION_BEAMS, CAPTION_TOKENS, CAPTION_LENGTH_POWER = 3, 40, 0.7
 ANSWER_BEAMS, ANSWER_TOKENS = 5, 16
 SURE = 0.8  # what a full description names
@@ -90,15 +87,20 @@ class Perceiver:
 
     @torch.inference_mode()
     def answer(self, queries: Sequence[Query]) -> list[Answer]:
-        """Answer a mixed batch, in order. Images are encoded together, then each kind of answer in one pass."""
+        """Answer a mixed batch, in order. Images are encoded together, then each kind of answer in one pass.
+
+        Queries that hold the same array encode it once.
+        """
         if not queries:
             return []
-        features = self.model.encode(self._pixels([q.image for q in queries]))
+        images = {id(q.image): q.image for q in queries}
+        place = {key: row for row, key in enumerate(images)}
+        features = self.model.encode(self._pixels(list(images.values())))
         answers: list[Answer | None] = [None] * len(queries)
         for task, serve in (("caption", self._captions), ("vqa", self._answers), ("classify", self._classes)):
             rows = [i for i, q in enumerate(queries) if q.task == task]
             if rows:
-                group = features.rows(torch.tensor(rows, device=self.device))
+                group = features.rows(torch.tensor([place[id(queries[i].image)] for i in rows], device=self.device))
                 for i, answer in zip(rows, serve(group, [queries[i] for i in rows]), strict=True):
                     answers[i] = answer
         return [a for a in answers if a is not None]
@@ -207,14 +209,3 @@ def sentence(text: str) -> str:
     """Capital and full stop."""
     text = re.sub(r"\s+", " ", text).strip()
     return text[:1].upper() + text[1:] + "." if text else text
-
-
-def answer_kind(answer: str) -> AnswerKind:
-    """What kind of thing an answer is, read off the answer."""
-    if answer in ("yes", "no"):
-        return "yes_no"
-    if answer.isdigit() or answer in NUMBER_WORDS:
-        return "count"
-    if re.fullmatch(r"[\d.]+ ?m2", answer):
-        return "area"
-    return "category" if len(answer.split()) <= 3 else "text"

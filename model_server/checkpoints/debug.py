@@ -11,7 +11,6 @@ from model_server.calibration import Calibration
 from model_server.checkpoints.store import save_checkpoint
 from model_server.model.config import debug
 from model_server.model.rsvlm import RSVLM
-from model_server.model.vision import fold_norms
 from model_server.text.phrasings import TRAIN
 from model_server.text.tokenizer import TextTokenizer
 from model_server.training.start import sentence_parts
@@ -27,5 +26,5 @@ def write_debug_checkpoint(folder: Path, seed: int = 0) -> None:
     decoder = dataclasses.replace(config.decoder, vocab_size=len(tokenizer))
     model = RSVLM(dataclasses.replace(config, decoder=decoder)).eval()
     model.sentence.load_state_dict(encoder.state_dict())
-    fold_norms(model.backbone)
+    model.backbone.fold_norms()
     save_checkpoint(folder, model, tokenizer, sentence_tokenizer, Calibration())

@@ -31,16 +31,16 @@ def _package_file(package: str, *parts: str) -> Path:
 
 
 def _efficientnet_name(key: str) -> str:
-    """`_blocks.3._expand_conv.weight` -> `blocks.3.expand.0.weight`."""
-    for old, new in (("_conv_stem.", "stem.0."), ("_conv_head.", "head.0."), ("_blocks.", "blocks.")):
+    """`_blocks.3._expand_conv.weight` -> `blocks.3.expand.conv.weight`."""
+    for old, new in (("_conv_stem.", "stem.conv."), ("_conv_head.", "head.conv."), ("_blocks.", "blocks.")):
         key = key.replace(old, new)
     if key.startswith("_bn0."):
-        return "stem.1." + key.removeprefix("_bn0.")
+        return "stem.norm." + key.removeprefix("_bn0.")
     if key.startswith("_bn1."):
-        return "head.1." + key.removeprefix("_bn1.")
+        return "head.norm." + key.removeprefix("_bn1.")
     for part, conv, norm in (("expand", "_expand_conv", "_bn0"), ("depthwise", "_depthwise_conv", "_bn1"),
                              ("project", "_project_conv", "_bn2")):  # fmt: skip
-        key = key.replace(conv, f"{part}.0").replace(norm, f"{part}.1")
+        key = key.replace(conv, f"{part}.conv").replace(norm, f"{part}.norm")
     return key
 
 

@@ -17,7 +17,6 @@ from tokenizers import Tokenizer
 from model_server.calibration import Calibration
 from model_server.model.config import ModelConfig
 from model_server.model.rsvlm import RSVLM
-from model_server.model.vision import fold_norms
 from model_server.text.tokenizer import TextTokenizer
 
 CONFIG, TENSORS, CALIBRATION = "config.json", "model.safetensors", "calibration.json"
@@ -72,7 +71,7 @@ def load_checkpoint(folder: Path, device: str = "cpu") -> Checkpoint:
     with torch.device("meta"):
         model = RSVLM(config)
     model = model.to_empty(device=device)
-    fold_norms(model.backbone)
+    model.backbone.fold_norms()
     try:
         with safe_open(folder / TENSORS, framework="pt", device=device) as tensors:
             state = {k: tensors.get_tensor(k).float() for k in tensors.keys()}  # noqa: SIM118 (not a dict)

@@ -6,6 +6,8 @@ blocks can be frozen and their output kept while the late ones train.
 
 from __future__ import annotations
 
+from typing import Self
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,8 @@ class SameConv(nn.Conv2d):
     The odd pixel of padding goes to the right and bottom, as the published weights were trained.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         k, s = self.kernel_size[0], self.stride[0]
         if k == 1:
             return super().forward(x)
@@ -40,12 +43,28 @@ class SameConv(nn.Conv2d):
         return F.conv2d(x, self.weight, self.bias, self.stride, 0, 1, self.groups)
 
 
-def conv_norm(c_in: int, c_out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    """Convolution without bias and its batch norm; `fold_norms` turns the pair into one convolution."""
-    return nn.Sequential(
-        SameConv(c_in, c_out, kernel, stride, groups=groups, bias=False),
-        nn.BatchNorm2d(c_out, eps=1e-3, momentum=0.01),
-    )
+class ConvNorm(nn.Module):
+    """Convolution without bias and its batch norm; `fold` turns the pair into one convolution with a bias."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        self.conv = SameConv(c_in, c_out, kernel, stride, groups=groups, bias=False)
+        self.norm: nn.BatchNorm2d | None = nn.BatchNorm2d(c_out, eps=1e-3, momentum=0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y if self.norm is None else self.norm(y)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """The same function in one pass; only right once the norm's statistics no longer change."""
+        norm = self.norm
+        if norm is None or norm.running_mean is None or norm.running_var is None:
+            return
+        scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+        self.conv.weight.mul_(scale[:, None, None, None])
+        self.conv.bias = nn.Parameter(norm.bias - norm.running_mean * scale)
+        self.norm = None
 
 
 class InvertedResidual(nn.Module):
@@ -54,9 +73,9 @@ class InvertedResidual(nn.Module):
     def __init__(self, c_in: int, c_out: int, expansion: int, kernel: int, stride: int) -> None:
         super().__init__()
         hidden = c_in * expansion
-        self.expand = conv_norm(c_in, hidden) if expansion != 1 else None
-        self.depthwise = conv_norm(hidden, hidden, kernel, stride, groups=hidden)
-        self.project = conv_norm(hidden, c_out)
+        self.expand = ConvNorm(c_in, hidden) if expansion != 1 else None
+        self.depthwise = ConvNorm(hidden, hidden, kernel, stride, groups=hidden)
+        self.project = ConvNorm(hidden, c_out)
         self.residual = stride == 1 and c_in == c_out
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C_in, H, W] -> [B, C_out, H/stride, W/stride]
@@ -74,7 +93,7 @@ class Backbone(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
-        self.stem = conv_norm(3, config.stem, 3, 2)
+        self.stem = ConvNorm(3, config.stem, 3, 2)
         blocks, strides, c_in, stride = [], [], config.stem, 2
         for expansion, kernel, step, width in config.blocks:
             blocks.append(InvertedResidual(c_in, width, expansion, kernel, step))
@@ -82,7 +101,7 @@ class Backbone(nn.Module):
             c_in = width
             strides.append(stride)
         self.blocks = nn.ModuleList(blocks)
-        self.head = conv_norm(c_in, config.head)
+        self.head = ConvNorm(c_in, config.head)
         self.strides = tuple(strides)
         last = {s: i for i, s in enumerate(strides)}
         self.taps = {i: s for s, i in last.items() if s >= 4}  # block index -> stride
@@ -110,19 +129,16 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[dict[int, Tensor], Tensor]:
         """uint8 [B, 3, H, W] -> {stride: [B, C_s, H/s, W/s]} at strides 4, 8, 16, 32, and pooled [B, head]."""
-        x = self.normalise(images).to(self.stem[0].weight.dtype).to(memory_format=torch.channels_last)
+        x = self.normalise(images).to(next(self.parameters()).dtype).to(memory_format=torch.channels_last)
         return self.late(F.relu6(self.stem(x)), 0)
 
+    def fold_norms(self) -> Self:
+        """Fold every batch norm into its convolution, in place."""
+        for module in self.modules():
+            if isinstance(module, ConvNorm):
+                module.fold()
+        return self
 
-@torch.no_grad()
-def fold_norms(module: nn.Module) -> None:
-    """Fold every batch norm into the convolution before it, in place: the same function in fewer passes."""
-    for child in module.modules():
-        if not (isinstance(child, nn.Sequential) and len(child) == 2 and isinstance(child[1], nn.BatchNorm2d)):
-            continue
-        conv, norm = child[0], child[1]
-        assert isinstance(conv, SameConv) and norm.running_var is not None and norm.running_mean is not None
-        scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-        conv.weight.mul_(scale[:, None, None, None])
-        conv.bias = nn.Parameter(norm.bias - norm.running_mean * scale)
-        child[1] = nn.Identity()
+    def channels_last(self) -> Self:
+        """Lay the weights out as the convolutions read them fastest on a CPU."""
+        return self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (missing in the stubs)

@@ -20,9 +20,9 @@ class TextTokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self.pad = tokenizer.token_to_id(PAD)
-        self.end = tokenizer.token_to_id(END)
-        self.tasks = {t: tokenizer.token_to_id(t) for t in TASK_TOKENS}
+        vocabulary = tokenizer.get_vocab()
+        self.pad, self.end = vocabulary[PAD], vocabulary[END]
+        self.tasks = {t: vocabulary[t] for t in TASK_TOKENS}
 
     @classmethod
     def load(cls, path: Path) -> TextTokenizer:

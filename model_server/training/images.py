@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,6 +19,22 @@ def load_images(records: Sequence[Record], title: str) -> list[np.ndarray]:
     with ThreadPoolExecutor(2) as pool:
         decoded = pool.map(lambda r: load_image(r.images[0]), records)
         return list(track(decoded, description=title, total=len(records)))
+
+
+def thinned(records: Sequence[Record], limit: int | None) -> list[Record]:
+    """About `limit` records, evenly spread; all of them where it is None."""
+    return list(records[:: max(len(records) // limit, 1) if limit else 1])
+
+
+def epoch_order(
+    records: Sequence[Record], repeat: Mapping[str, int], steps: int, batch: int, seed: int
+) -> list[np.ndarray]:
+    """Index arrays of each step: epochs of shuffled images, each set's images `repeat` times."""
+    pool = np.concatenate([np.repeat(i, repeat.get(r.set, 1)) for i, r in enumerate(records)])
+    rng = np.random.default_rng(seed)
+    epochs = -(-steps * batch // len(pool))
+    stream = np.concatenate([rng.permutation(pool) for _ in range(epochs)])
+    return [stream[i * batch : (i + 1) * batch] for i in range(steps)]
 
 
 def augmented(image: np.ndarray, side: int, rng: np.random.Generator, min_crop: float = 0.75) -> Tensor:

@@ -21,15 +21,15 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model_server.model.config import PRESETS, ModelConfig
+from model_server.model.config import PRESETS
 from model_server.model.generate import beam_search
 from model_server.model.rsvlm import RSVLM, Features
 from model_server.model.sentence import SentenceEncoder
-from model_server.model.vision import fold_norms, square
+from model_server.model.vision import square
 from model_server.text.tokenizer import TextTokenizer
-from model_server.training.images import batches, load_images
+from model_server.training.images import batches, epoch_order, load_images, thinned
 from model_server.training.packing import IGNORE, EncodedQuestion, Packed, pack, packed_hidden
-from model_server.training.records import Record, read_records
+from model_server.training.records import read_records
 from model_server.training.start import sentence_parts
 from model_server.training.targets import Vocabulary, cosine_decay
 from model_server.training.texts import ImageTexts, Text, all_texts
@@ -84,13 +84,14 @@ def encode_questions(encoder: SentenceEncoder, tokenizer: Tokenizer, questions: 
 class LanguageTrainer:
     """The state of one run: model, moving average, optimiser and step."""
 
+    stage = "language"
+
     def __init__(self, run: LanguageRun) -> None:
         self.run = run
         torch.manual_seed(run.seed)
-        self.train, self.val = (read_records(run.data, SETS, split) for split in ("train", "val"))
-        if run.limit:
-            self.train = self.train[:: max(len(self.train) // run.limit, 1)]
-            self.val = self.val[:: max(len(self.val) // run.limit, 1)]
+        self.train, self.val = (
+            thinned(read_records(run.data, SETS, split), run.limit) for split in ("train", "val")
+        )  # fmt: skip
         self.texts: list[ImageTexts] = all_texts(self.train, run.seed)
         answers = [t.answer for group in self.texts for t in (*group.captions, *group.questions)]
         vision, vocabulary = trained_vision(run.run)
@@ -108,10 +109,10 @@ class LanguageTrainer:
         self.model.load_state_dict(vision, strict=False)
         self.model.sentence.load_state_dict(encoder.state_dict())
         self.model.backbone.eval()
-        fold_norms(self.model.backbone)
+        self.model.backbone.fold_norms()
         for name, p in self.model.named_parameters():
             p.requires_grad_(not name.startswith(FROZEN))
-        self.encoder = copy.deepcopy(self.model.backbone).bfloat16().to(memory_format=torch.channels_last)
+        self.encoder = copy.deepcopy(self.model.backbone).bfloat16().channels_last()
         self.average = copy.deepcopy(self.model).eval()
         decay = [p for n, p in self._trainable() if p.ndim >= 2 and "embed" not in n]
         plain = [p for n, p in self._trainable() if not (p.ndim >= 2 and "embed" not in n)]
@@ -120,7 +121,9 @@ class LanguageTrainer:
             lr=run.rate, betas=(0.9, 0.98),
         )  # fmt: skip
         self.step = 0
-        self.checkpoint = run.run / "language.pt"
+        self.checkpoint = run.run / f"{self.stage}.pt"
+        self.unsayable = torch.zeros(self.config.decoder.vocab_size, dtype=torch.bool)
+        self.unsayable[[self.tokenizer.pad, *self.tokenizer.tasks.values()]] = True
         if self.checkpoint.exists():
             self.resume()
 
@@ -162,17 +165,21 @@ class LanguageTrainer:
         weight = packed.weight[places]
         return (each * weight).sum() / weight.sum()
 
-    def train_step(self, rows: np.ndarray, images: Tensor) -> float:
-        run = self.run
-        rng = Random(f"{run.seed}-{self.step}")
-        factor = cosine_decay(self.step, run.steps, 60)
-        for group in self.optimiser.param_groups:
-            group["lr"] = run.rate * factor
-        self.model.train()
+    def step_loss(self, rows: np.ndarray, images: Tensor) -> Tensor:
+        """Loss of one batch: uint8 images [B, 3, S, S] and the rows of their records."""
+        run, rng = self.run, Random(f"{self.run.seed}-{self.step}")
         packed = pack([self.texts[i].sample(rng) for i in rows], self.tokenizer, self.questions, run.answer_weight)
         maps, pooled = self.maps(images)
         with torch.autocast("cpu", torch.bfloat16, enabled=run.bf16):
-            loss = self.loss(self.model.fuse(maps, pooled), packed)
+            return self.loss(self.model.fuse(maps, pooled), packed)
+
+    def train_step(self, rows: np.ndarray, images: Tensor) -> float:
+        run = self.run
+        factor = cosine_decay(self.step, run.steps, min(60, run.steps // 10 + 1))
+        for group in self.optimiser.param_groups:
+            group["lr"] = run.rate * factor
+        self.model.train()
+        loss = self.step_loss(rows, images)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_([p for _, p in self._trainable()], 1.0)
@@ -192,8 +199,6 @@ class LanguageTrainer:
     def validate(self, images: list[np.ndarray]) -> dict[str, float]:
         """Exact answers per question type and set, greedily, from the averaged model."""
         right: dict[str, list[bool]] = {}
-        banned = torch.zeros(self.config.decoder.vocab_size, dtype=torch.bool)
-        banned[[self.tokenizer.pad, *self.tokenizer.tasks.values()]] = True
         for image, record in zip(images, self.val, strict=True):
             asked = [Text("[VQA]", qa.question, qa.answer) for qa in record.qa][:12]
             if not asked:
@@ -208,26 +213,24 @@ class LanguageTrainer:
                 questions, torch.zeros(n, dtype=torch.long), 12,
             )  # fmt: skip
             said = beam_search(
-                self.average, logits, state, beams=1, steps=12, end=self.tokenizer.end, banned=banned
+                self.average, logits, state, beams=1, steps=12, end=self.tokenizer.end, banned=self.unsayable
             )  # list of n lists
             for qa, text, best in zip(record.qa, asked, said, strict=False):
                 hit = self.tokenizer.decode(best[0].ids) == text.answer.lower()
                 right.setdefault(f"{record.set}/{qa.type}", []).append(hit)
         return {k: sum(v) / len(v) for k, v in sorted(right.items())}
 
-    def order(self) -> list[np.ndarray]:
-        run = self.run
-        pool = np.concatenate([np.repeat(i, REPEAT.get(r.set, 1)) for i, r in enumerate(self.train)])
-        rng = np.random.default_rng(run.seed)
-        stream = np.concatenate([rng.permutation(pool) for _ in range(-(-run.steps * run.batch // len(pool)))])
-        return [stream[i * run.batch : (i + 1) * run.batch] for i in range(run.steps)]
+    def prepare(self, images: list[np.ndarray]) -> None:
+        """A stage's own preparation on the decoded training images; none here."""
 
     def fit(self) -> None:
         run = self.run
         images, val_images = load_images(self.train, "train images"), load_images(self.val, "val images")
+        self.prepare(images)
+        order = epoch_order(self.train, REPEAT, run.steps, run.batch, run.seed)
         start, first, total = time.monotonic(), self.step, 0.0
-        with (run.run / "language.jsonl").open("a", encoding="utf-8") as log:
-            for step, rows, x in batches(images, self.order(), self.config.image_size, run.seed + 1, self.step):
+        with (run.run / f"{self.stage}.jsonl").open("a", encoding="utf-8") as log:
+            for step, rows, x in batches(images, order, self.config.image_size, run.seed + 1, self.step):
                 total += self.train_step(rows, x)
                 if (step + 1) % 20 == 0:
                     rate = (step + 1 - first) * run.batch / (time.monotonic() - start)

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 from model_server.model.config import PRESETS, ModelConfig
 from model_server.model.heads import ImageHeads
-from model_server.model.vision import Backbone, fold_norms, square
-from model_server.training.images import batches, load_images
-from model_server.training.records import Record, read_records
+from model_server.model.vision import Backbone, square
+from model_server.training.images import batches, epoch_order, load_images, thinned
+from model_server.training.records import read_records
 from model_server.training.sentences import SentenceBank
 from model_server.training.start import start_backbone
 from model_server.training.targets import ImageTargets, Vocabulary, cosine_decay
@@ -69,15 +69,6 @@ class VisionNet(nn.Module):
         return [(n, p) for n, p in self.named_parameters() if not n.startswith(frozen)]
 
 
-def epoch_order(records: list[Record], steps: int, batch: int, seed: int) -> list[np.ndarray]:
-    """Index arrays of each step: epochs of shuffled images, the small sets repeated."""
-    pool = np.concatenate([np.repeat(i, REPEAT.get(r.set, 1)) for i, r in enumerate(records)])
-    rng = np.random.default_rng(seed)
-    epochs = -(-steps * batch // len(pool))
-    stream = np.concatenate([rng.permutation(pool) for _ in range(epochs)])
-    return [stream[i * batch : (i + 1) * batch] for i in range(steps)]
-
-
 def losses(net: VisionNet, pooled: Tensor, rows: np.ndarray, t: ImageTargets, bank: SentenceBank, captions: Tensor,
            keep: Tensor) -> dict[str, Tensor]:  # fmt: skip
     """The weighted terms for a batch: pooled [B, P]; captions [B, S], one sentence vector an image."""
@@ -119,20 +110,20 @@ class VisionTrainer:
         torch.manual_seed(run.seed)
         train = read_records(run.data, SETS, "train")
         val = read_records(run.data, SETS, "val")
-        if run.limit:
-            train, val = train[:: max(len(train) // run.limit, 1)], val[:: max(len(val) // run.limit, 1)]
         self.vocabulary = Vocabulary.build(train)
+        train, val = thinned(train, run.limit), thinned(val, run.limit)
         self.config = PRESETS[run.config]()
         self.train, self.val = train, val
         self.targets = ImageTargets.build(train, self.vocabulary)
         self.val_targets = ImageTargets.build(val, self.vocabulary)
         self.bank = SentenceBank.build(self.config, train, self.vocabulary)
-        self.net = VisionNet(self.config, self.vocabulary).to(memory_format=torch.channels_last)
+        self.net = VisionNet(self.config, self.vocabulary)
+        self.net.backbone.channels_last()
         start_backbone(self.net.backbone, self.config)
         self.average = copy.deepcopy(self.net).eval()
         early = copy.deepcopy(self.net.backbone).eval()
-        fold_norms(early)
-        self.early = early.bfloat16().to(memory_format=torch.channels_last)
+        early.fold_norms()
+        self.early = early.bfloat16().channels_last()
         named = self.net.trainable()
         self.optimiser = torch.optim.AdamW(
             [
@@ -169,7 +160,7 @@ class VisionTrainer:
 
     @torch.no_grad()
     def encode_early(self, images: Tensor) -> Tensor:
-        x = self.early.normalise(images).bfloat16().to(memory_format=torch.channels_last)
+        x = self.early.normalise(images).bfloat16().contiguous(memory_format=torch.channels_last)
         return self.early.early(x, self.net.frozen).float()
 
     def train_step(self, rows: np.ndarray, images: Tensor) -> dict[str, float]:
@@ -225,7 +216,7 @@ class VisionTrainer:
         run = self.run
         images = load_images(self.train, "train images")
         val_images = load_images(self.val, "val images")
-        order = epoch_order(self.train, run.steps, run.batch, run.seed)
+        order = epoch_order(self.train, REPEAT, run.steps, run.batch, run.seed)
         log = (run.run / "vision.jsonl").open("a", encoding="utf-8")
         start, first, sums = time.monotonic(), self.step, dict[str, float]()
         for step, rows, x in batches(images, order, self.config.image_size, run.seed, self.step):

@@ -1,0 +1,119 @@
+"""From finished stages to a checkpoint folder, and its calibration on validation data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model_server.calibration import Calibration, Logistic
+from model_server.checkpoints.store import save_calibration, save_checkpoint
+from model_server.evaluation.caption_metrics import rouge_l, tokenize
+from model_server.perceiver import Perceiver, Query
+from model_server.protocol import TileCaption, TileClasses, TileVqa
+from model_server.text.answers import normalise
+from model_server.training.images import thinned
+from model_server.training.language import LanguageTrainer
+from model_server.training.records import Record, load_image, read_records
+
+BATCH = 32
+
+
+def export(trainer: LanguageTrainer, folder: Path) -> None:
+    """Write the averaged model of a finished stage, without calibration yet."""
+    save_checkpoint(folder, trainer.average, trainer.tokenizer, trainer.sentence_tokenizer, Calibration())
+
+
+def fit_logistic(x: Tensor, target: Tensor) -> Logistic:
+    """Least cross-entropy fit of sigmoid(slope x + offset) to targets in 0..1, by Newton-like LBFGS steps."""
+    parameters = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS([parameters], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        z = parameters[0] * x.double() + parameters[1]
+        loss = F.binary_cross_entropy_with_logits(z, target.double()) + 1e-4 * (parameters**2).sum()
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    return Logistic(*(float(v) for v in parameters.detach()))
+
+
+def fit_temperature(log_scores: Sequence[Tensor], right: Sequence[int]) -> float:
+    """The temperature that makes log-probabilities [N_i] of lists of any length most likely on the right label."""
+    grid = np.exp(np.linspace(-1.5, 1.5, 121))
+    losses = [
+        sum(float(F.cross_entropy((s / t)[None], torch.tensor([r]))) for s, r in zip(log_scores, right, strict=True))
+        for t in grid
+    ]
+    return float(grid[int(np.argmin(losses))])
+
+
+def calibrate(folder: Path, data: Path, sets: Sequence[str], limit: int | None = None) -> Calibration:
+    """Fit the calibration of a checkpoint on validation records and store it with the checkpoint."""
+    perceiver = Perceiver.load(folder)
+    records = thinned(read_records(data, sets, "val"), limit)
+    fitted = dataclasses.replace(
+        Calibration(), **_answers(perceiver, records), **_captions(perceiver, records), **_labels(perceiver, records)
+    )
+    save_calibration(folder, fitted)
+    return fitted
+
+
+def _ask(perceiver: Perceiver, queries: Sequence[Query]) -> list[TileCaption | TileVqa | TileClasses]:
+    chunks = (queries[i : i + BATCH] for i in range(0, len(queries), BATCH))
+    return [answer for chunk in chunks for answer in perceiver.answer(chunk)]
+
+
+def _answers(perceiver: Perceiver, records: Sequence[Record]) -> dict[str, Logistic]:
+    """Raw confidence = probability of the answer, as the identity calibration of a fresh export gives it."""
+    pairs = [(Query("vqa", load_image(r.images[0]), text=qa.question), qa) for r in records for qa in r.qa]
+    said = _ask(perceiver, [query for query, _ in pairs])
+    found: dict[str, list[tuple[float, bool]]] = {"yes_no": [], "answer": []}
+    for answer, (_, qa) in zip(said, pairs, strict=True):
+        assert isinstance(answer, TileVqa)
+        p = min(max(answer.confidence, 1e-6), 1 - 1e-6)
+        right = normalise(answer.answer) == normalise(qa.answer)
+        found["yes_no" if answer.kind == "yes_no" else "answer"].append((float(np.log(p / (1 - p))), right))
+    return {
+        name: fit_logistic(torch.tensor([x for x, _ in rows]), torch.tensor([float(y) for _, y in rows]))
+        for name, rows in found.items()
+        if rows
+    }
+
+
+def _captions(perceiver: Perceiver, records: Sequence[Record]) -> dict[str, Logistic]:
+    captioned = [r for r in records if r.captions]
+    if not captioned:
+        return {}
+    said = _ask(perceiver, [Query("caption", load_image(r.images[0])) for r in captioned])
+    x, y = [], []
+    for answer, record in zip(said, captioned, strict=True):
+        assert isinstance(answer, TileCaption)
+        p = min(max(answer.confidence, 1e-9), 1 - 1e-9)
+        x.append(float(np.log(p / (1 - p))))  # undoes the identity calibration: the mean token log-probability
+        y.append(rouge_l([tokenize(answer.caption)], [[tokenize(c) for c in record.captions]]))
+    return {"caption": fit_logistic(torch.tensor(x), torch.tensor(y))}
+
+
+def _labels(perceiver: Perceiver, records: Sequence[Record]) -> dict[str, float]:
+    scenes = {
+        name: sorted({r.scene for r in records if r.set == name and r.scene}) for name in {r.set for r in records}
+    }
+    asked = [r for r in records if r.scene]
+    if not asked:
+        return {}
+    queries = [Query("classify", load_image(r.images[0]), labels=tuple(scenes[r.set])) for r in asked]
+    logs, right = [], []
+    for answer, record in zip(_ask(perceiver, queries), asked, strict=True):
+        assert isinstance(answer, TileClasses)
+        assert record.scene is not None
+        logs.append(torch.tensor(answer.scores).clamp(min=1e-12).log())
+        right.append(scenes[record.set].index(record.scene))
+    return {"label_temperature": fit_temperature(logs, right)}
