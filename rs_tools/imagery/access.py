@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import rasterio
 from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
@@ -48,8 +49,9 @@ _REFUSED: tuple[tuple[bytes, str], ...] = (
 READABLE = "GeoTIFF or COG (GTiff), PNG, JPEG, JPEG 2000 (JP2OpenJPEG) and WebP (WEBP)"
 EXTENSIONS = frozenset({".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".j2k", ".webp"})
 MAX_BLOCK_BYTES = 512 * 2**20
+CACHE_BYTES = 128 * 2**20  # of decoded blocks; the only thing that could grow with the size of a file
 _GDAL_OPTIONS = {
-    "GDAL_CACHEMAX": 64 * 2**20,  # bytes; the block cache is the only thing that could grow with the size of a file
+    "GDAL_CACHEMAX": CACHE_BYTES,
     "GDAL_ERROR_ON_LIBJPEG_WARNING": True,  # else a truncated JPEG reads as grey
     "CPL_VSIL_CURL_ALLOWED_EXTENSIONS": ".none",
 }
@@ -206,17 +208,16 @@ def _looks_like(head: bytes) -> str:
 def _check_blocks(path: Path, dataset: DatasetReader) -> None:
     """A block is decoded whole, so one giant block would take the memory that windows are to save."""
     height, width = dataset.block_shapes[0]
-    pixel = sum(_itemsize(dtype) for dtype in dataset.dtypes)
-    if height * width * pixel > MAX_BLOCK_BYTES:
+    if height * width * pixel_bytes(dataset) > MAX_BLOCK_BYTES:
         raise ImageError(
             f"{path.name} is stored in blocks of {width}x{height} pixels, too large to decode in parts. "
             "Rewrite it in tiles: gdal_translate -of COG."
         )
 
 
-def _itemsize(dtype: str) -> int:
-    sizes = {"complex_int16": 4, "complex64": 8, "complex128": 16, "float64": 8, "int64": 8, "uint64": 8}
-    return sizes.get(dtype, 4)
+def pixel_bytes(dataset: DatasetReader) -> int:
+    """Bytes of one pixel with all its bands, which GDAL keeps together when it decodes a block."""
+    return sum(4 if dtype == "complex_int16" else np.dtype(dtype).itemsize for dtype in dataset.dtypes)
 
 
 def _reason(error: Exception, path: Path) -> str:

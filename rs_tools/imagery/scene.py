@@ -20,7 +20,7 @@ from rasterio.windows import Window
 
 from rs_tools.errors import ImageError, RegionError
 from rs_tools.geometry.measures import Georeference
-from rs_tools.imagery.access import AccessPolicy
+from rs_tools.imagery.access import CACHE_BYTES, AccessPolicy, pixel_bytes
 from rs_tools.imagery.bands import BandChoice, BandInfo, choose_bands, guess_modality
 from rs_tools.imagery.stretch import Stretch, fit_stretch
 from rs_tools.results import Modality
@@ -208,23 +208,55 @@ def _sample_windows(dataset: DatasetReader) -> Iterator[tuple[Window, tuple[int,
             yield _window(x, y, side_x, side_y), (side_x, side_y)
 
 
-def _window(x: int, y: int, width: int, height: int) -> Window:
+def _window(x: float, y: float, width: float, height: float) -> Window:
     return Window(x, y, width, height)  # type: ignore[reportCallIssue]  # declared in a way that pyright cannot read
 
 
 def _read(
     dataset: DatasetReader, choice: BandChoice, window: Window, out_size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Band values float32 [C, H, W] and validity [H, W] of a window; a palette keeps its exact values.
+    """Band values float32 [C, H, W] and validity bool [H, W] of a window.
 
-    Integers are averaged by GDAL, which leaves out nodata. It does not leave out NaN that the file does not declare,
-    nor can it take the magnitude of complex values, so decimal and complex values are averaged here.
+    Integers are averaged by GDAL, which leaves out nodata; a palette keeps its exact values. GDAL does not leave out
+    NaN that the file does not declare, nor can it take the magnitude of complex values, so decimal and complex values
+    are averaged here.
     """
-    first = dataset.dtypes[choice.indexes[0] - 1]
-    palette = dataset.colorinterp[choice.indexes[0] - 1].name == "palette"
-    if "int" in first and not first.startswith("complex"):
-        return _read_integers(dataset, choice, window, out_size, Resampling.nearest if palette else Resampling.average)
-    return _read_decimals(dataset, choice, window, out_size)
+    first = choice.indexes[0] - 1
+    dtype = dataset.dtypes[first]
+    palette = dataset.colorinterp[first].name == "palette"
+    values = np.empty((len(choice.indexes), out_size[1], out_size[0]), np.float32)
+    valid = np.empty(values.shape[1:], bool)
+    for rows, columns, part in _parts(dataset, window, out_size):
+        size = columns.stop - columns.start, rows.stop - rows.start
+        if "int" in dtype and not dtype.startswith("complex"):
+            resampling = Resampling.nearest if palette else Resampling.average
+            read = _read_integers(dataset, choice, part, size, resampling)
+        else:
+            read = _read_decimals(dataset, choice, part, size)
+        values[:, rows, columns], valid[rows, columns] = read
+    return values, valid
+
+
+def _parts(dataset: DatasetReader, window: Window, out_size: tuple[int, int]) -> Iterator[tuple[slice, slice, Window]]:
+    """Rows and columns of the output with the part of the window that they show.
+
+    A part fits GDAL's block cache, so that reading its bands and masks one after the other decodes each block once.
+    """
+    width, height = out_size
+    scale_x, scale_y = window.width / width, window.height / height
+    shrunk = max((factor for factor in dataset.overviews(1) if factor <= min(scale_x, scale_y)), default=1)
+    block_height, block_width = (side * shrunk for side in dataset.block_shapes[0])
+    pixels = CACHE_BYTES / 3 / pixel_bytes(dataset) * shrunk**2
+    part_width = min(window.width, max(block_width, pixels**0.5))
+    part_height = max(block_height, pixels / part_width)
+    columns, rows = max(1, int(part_width / scale_x)), max(1, int(part_height / scale_y))
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        for left in range(0, width, columns):
+            right = min(left + columns, width)
+            x, y = window.col_off + left * scale_x, window.row_off + top * scale_y
+            part = _window(x, y, (right - left) * scale_x, (bottom - top) * scale_y)
+            yield slice(top, bottom), slice(left, right), part
 
 
 def _read_integers(

@@ -231,6 +231,22 @@ def test_a_window_of_a_decimated_image_shows_the_same_place(tmp_path: Path) -> N
     np.testing.assert_allclose(tile[0, :, 0], 129.5 + 4 * np.arange(32), atol=1)
 
 
+@pytest.mark.parametrize("layout", [{"tiled": True, "blockxsize": 64, "blockysize": 64}, {"blockysize": 5}])
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_reading_in_parts_gives_what_reading_at_once_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: dict, dtype: str
+) -> None:
+    values = noise(3, 333, 517, dtype, high=4000)
+    values[:, 100:150, :77] = 0
+    scene = opened(write(tmp_path / "a.tif", values, photometric="RGB", nodata=0, **layout))
+    region, size = (3, 5, 517, 333), (171, 109)
+    at_once = scene.read(region, size)
+    monkeypatch.setattr("rs_tools.imagery.scene.CACHE_BYTES", 100_000)
+    in_parts = scene.read(region, size)
+    np.testing.assert_allclose(in_parts.rgb.astype(int), at_once.rgb.astype(int), atol=1)
+    np.testing.assert_array_equal(in_parts.valid, at_once.valid)
+
+
 def test_memory_stays_flat_however_large_the_file() -> None:
     program = """
 import resource, sys, tempfile, rasterio
@@ -251,7 +267,7 @@ small = peak("small.tif")
 print(peak("big.tif") - small)
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert int(run.stdout) < 150  # MiB; the image itself has 366
+    assert int(run.stdout) < 200  # MiB; the image itself has 366
 
 
 # --- identity
