@@ -109,9 +109,9 @@ class Engine:
 
     async def start(self) -> None:
         """Load the model and begin to answer. Raises what `load` raises."""
-        loop = asyncio.get_running_loop()
-        self.perceiver = await loop.run_in_executor(self._device, self._load)
-        self._dispatcher = asyncio.create_task(self._dispatch(self.perceiver))
+        perceiver = await asyncio.get_running_loop().run_in_executor(self._device, self._load)
+        self.perceiver = perceiver
+        self._dispatcher = asyncio.create_task(self._dispatch(perceiver))
 
     async def close(self) -> None:
         """Refuse new requests, answer the waiting ones, release the worker thread."""

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,10 +35,9 @@ class ServerProcess:
     log: Path
 
     def wait_until_ready(self) -> None:
-        transport = httpx.HTTPTransport(retries=0)
-        with httpx.Client(transport=transport, timeout=60) as client:
+        with httpx.Client(timeout=300) as client:
             while client.get(f"{self.url}/ready").status_code != 200:
-                assert self.process.poll() is None, self.log.read_text()
+                time.sleep(0.02)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,15 +26,28 @@ from rs_tools.errors import InputError, ServerBusy, ServerError, ServerUnavailab
 CAPTION = PerceiveRequest(task="caption")
 
 
-@pytest.fixture
-def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A state folder of this test; the servers that were started for it end with it."""
-    directory = tmp_path / "state"
-    monkeypatch.setenv("RS_PERCEPTION_STATE", str(directory))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield directory
+@contextmanager
+def state_folder(directory: Path) -> Iterator[Path]:
+    """A state folder of its own; the servers that were started for it end with it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RS_PERCEPTION_STATE", str(directory))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield directory
     for file in directory.glob("server-*.json"):
         kill(json.loads(file.read_bytes())["pid"])
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[Path]:
+    with state_folder(tmp_path / "state") as directory:
+        yield directory
+
+
+@pytest.fixture(scope="module")
+def shared_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One folder for the tests that only need some server to be there: a start takes seconds."""
+    with state_folder(tmp_path_factory.mktemp("local") / "state") as directory:
+        yield directory
 
 
 def kill(pid: int) -> None:
@@ -63,26 +77,13 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.001)
 
 
-async def test_without_a_url_a_local_server_is_started_and_kept_for_the_next(state: Path, debug_weights: Path) -> None:
-    async with ModelClient(weights=str(debug_weights)) as first:
-        answer = await first.perceive(REQUESTS[2], [picture(1)])
-        assert answer.classes[0].labels == REQUESTS[2].labels
-        pid = (await first.health())["pid"]
-    async with ModelClient(weights=str(debug_weights)) as second:
-        assert (await second.health())["pid"] == pid
+async def local_pid(weights: Path) -> int:
+    """Process of the local server that a new client finds or starts."""
+    async with ModelClient(weights=str(weights)) as client:
+        return (await client.health())["pid"]
 
 
-async def test_the_state_of_the_local_server_is_for_its_user_only(state: Path, debug_weights: Path) -> None:
-    async with ModelClient(weights=str(debug_weights)) as client:
-        await client.health()
-    assert modes(state) == (0o700, {0o600})
-    server = json.loads(only_state(state).read_bytes())
-    async with ModelClient(server["url"], token="guessed") as stranger:
-        with pytest.raises(ServerError, match="401"):
-            await stranger.perceive(CAPTION, [picture(1)])
-
-
-def test_two_processes_that_start_at_once_share_one_server(state: Path, debug_weights: Path) -> None:
+def test_processes_that_start_at_once_share_one_server(shared_state: Path, debug_weights: Path) -> None:
     program = (
         "import asyncio\n"
         "from rs_tools.client import ModelClient\n"
@@ -92,11 +93,31 @@ def test_two_processes_that_start_at_once_share_one_server(state: Path, debug_we
         "asyncio.run(main())\n"
     )
     clients = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    pids = {client.communicate(timeout=120)[0] for client in clients}
-    assert pids == {f"{json.loads(only_state(state).read_bytes())['pid']}\n"}
+    pids = {client.communicate(timeout=300)[0] for client in clients}
+    assert pids == {f"{json.loads(only_state(shared_state).read_bytes())['pid']}\n"}
 
 
-async def test_a_killed_server_is_replaced_by_the_next_call(state: Path, debug_weights: Path) -> None:
+async def test_without_a_url_the_local_server_answers_and_is_kept_for_the_next(
+    shared_state: Path, debug_weights: Path
+) -> None:
+    async with ModelClient(weights=str(debug_weights)) as first:
+        answer = await first.perceive(REQUESTS[2], [picture(1)])
+        assert answer.classes[0].labels == REQUESTS[2].labels
+        pid = (await first.health())["pid"]
+    assert await local_pid(debug_weights) == pid == json.loads(only_state(shared_state).read_bytes())["pid"]
+
+
+async def test_the_local_server_is_for_its_user_only(shared_state: Path, debug_weights: Path) -> None:
+    await local_pid(debug_weights)
+    assert modes(shared_state) == (0o700, {0o600})
+    server = json.loads(only_state(shared_state).read_bytes())
+    async with ModelClient(server["url"], token="guessed") as stranger:
+        with pytest.raises(ServerError, match="401"):
+            await stranger.perceive(CAPTION, [picture(1)])
+
+
+@pytest.mark.usefixtures("shared_state")
+async def test_a_killed_server_is_replaced_by_the_next_call(debug_weights: Path) -> None:
     async with ModelClient(weights=str(debug_weights)) as client:
         before = await client.perceive(CAPTION, [picture(1)])
         pid = (await client.health())["pid"]
@@ -106,24 +127,20 @@ async def test_a_killed_server_is_replaced_by_the_next_call(state: Path, debug_w
         assert (await client.health())["pid"] != pid
 
 
-@pytest.mark.parametrize("content", ["", "{not json", '{"url": "http://127.0.0.1:1"}'])
-async def test_a_spoilt_state_file_is_replaced(state: Path, debug_weights: Path, content: str) -> None:
-    async with ModelClient(weights=str(debug_weights)) as client:
-        pid = (await client.health())["pid"]
-    only_state(state).write_text(content)
+async def test_a_spoilt_state_file_is_replaced(shared_state: Path, debug_weights: Path) -> None:
+    pid = await local_pid(debug_weights)
+    only_state(shared_state).write_text("{not json")
     kill(pid)
-    async with ModelClient(weights=str(debug_weights)) as client:
-        assert (await client.health())["pid"] == json.loads(only_state(state).read_bytes())["pid"] != pid
+    new = await local_pid(debug_weights)
+    assert new == json.loads(only_state(shared_state).read_bytes())["pid"] != pid
 
 
 async def test_another_program_on_the_port_of_a_dead_server_is_not_taken_for_it(
-    state: Path, debug_weights: Path, scripted_url: str
+    shared_state: Path, debug_weights: Path, scripted_url: str
 ) -> None:
-    async with ModelClient(weights=str(debug_weights)) as client:
-        pid = (await client.health())["pid"]
-        kill(pid)
-        server = json.loads(only_state(state).read_bytes())
-        only_state(state).write_text(json.dumps({**server, "url": scripted_url}))
+    kill(await local_pid(debug_weights))
+    server = json.loads(only_state(shared_state).read_bytes())
+    only_state(shared_state).write_text(json.dumps({**server, "url": scripted_url}))
     async with ModelClient(weights=str(debug_weights)) as client:
         assert (await client.perceive(CAPTION, [picture(1)])).model.model != "scripted"
 
@@ -135,7 +152,8 @@ async def test_a_server_that_dies_at_its_start_is_reported_with_the_end_of_its_l
     assert str(only_log(state)) in str(failure.value)
 
 
-async def test_without_torch_the_error_names_the_extra_to_install(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("state")
+async def test_without_torch_the_error_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else found(name))
     async with ModelClient() as client:
