@@ -83,7 +83,7 @@ class Georeference:
         x1, y1, x2, y2 = region
         corners = self.lonlat(np.array([[x1, y1], [x1, y2], [x2, y2], [x2, y1], [x1, y1]], float))
         corners[:, 0] = np.unwrap(corners[:, 0], period=360)
-        lon, lat = corners.T
+        lon, lat = (corners - corners[0]).T  # small numbers: the products below would cancel far from the origin
         if np.sum(lon[:-1] * lat[1:] - lon[1:] * lat[:-1]) < 0:
             corners = corners[::-1]
         return corners.tolist()
