@@ -49,7 +49,7 @@ Image = Annotated[
     str, Field(description="Path of the image: as list_images gives it, absolute, or relative to an allowed folder")
 ]
 Region = Annotated[
-    list[float],
+    list[int],
     Field(
         description="[x1, y1, x2, y2] in pixels of the full-resolution image, from its top-left corner, x2 and y2 "
         "exclusive; leave empty for the whole image"
@@ -91,7 +91,8 @@ async def caption(
     ] = "short",
     bands: Bands = EMPTY,
 ) -> Annotated[CallToolResult, CaptionResult]:
-    """Say in words what an image, or a region of it, shows. A large scene is looked at in parts, which are listed."""
+    """Say in words what an image, or a region of it, shows. The model looks once, at up to 512 pixels a side: a larger
+    image or region is reduced, so ask about smaller regions for details."""
     return await _answer(ctx, _tools(ctx).caption(image, region, detail, bands))
 
 

@@ -101,7 +101,7 @@ def _head(session: Session, sections: list[Section]) -> str:
     warm = sorted(call.seconds for section in sections for call in section.calls[1:] if not call.is_error)
     facts = [
         ("tools/list after process start", f"{session.listed_s:.2f} s"),
-        ("first answer, model start included", f"{first.seconds:.2f} s"),
+        ("first answer; starts the model if none runs", f"{first.seconds:.2f} s"),
         ("later answers, median of " + str(len(warm)), f"{warm[len(warm) // 2]:.2f} s" if warm else "none"),
         ("model", f"{model.get('model', 'none')} {str(model.get('weights_digest', ''))[:12]}"),
         ("precision", f"{model.get('precision', '')} {model.get('attention_backend', '')}"),
@@ -118,7 +118,7 @@ def _head(session: Session, sections: list[Section]) -> str:
 
 
 def _scene(section: Section, png: Path) -> str:
-    facts = section.inspected.structured
+    facts, shared = section.inspected.structured, _shared(section)
     boxes = "".join(
         _box(region, facts, colour, name)
         for (name, region), colour in zip(section.regions.items(), REGION_COLOURS * 4, strict=False)
@@ -127,14 +127,14 @@ def _scene(section: Section, png: Path) -> str:
     parts = [
         f'<h3><i style="background:{colour}"></i>A closer look: {_e(name)} '
         f"<small>{_e(region)}</small></h3>"
-        + _answers(call for call in section.calls if call.arguments.get("region") == region)
+        + _answers((call for call in section.calls if call.arguments.get("region") == region), shared)
         for (name, region), colour in zip(section.regions.items(), REGION_COLOURS * 4, strict=False)
     ]
     encoded = base64.b64encode(png.read_bytes()).decode()
     return (
         f'<section id="{_e(section.image.stem)}"><h2>{_e(section.title)}</h2><div class="scene"><div class="left">'
         f'<figure><img alt="{_e(section.title)}" src="data:image/png;base64,{encoded}">{boxes}</figure>'
-        f"{_facts(facts)}</div><div>{_answers(whole)}{''.join(parts)}</div></div></section>"
+        f"{_facts(facts)}{_warnings(shared)}</div><div>{_answers(whole, shared)}{''.join(parts)}</div></div></section>"
     )
 
 
@@ -162,25 +162,29 @@ def _facts(facts: dict[str, Any]) -> str:
     else:
         map_link = "<p>Not georeferenced: answers are in pixels, and no place is invented.</p>"
     table = "".join(f"<tr><th>{_e(name)}</th><td>{_e(value)}</td></tr>" for name, value in rows)
-    return f'<table class="facts">{table}</table>{map_link}{_warnings(facts)}'
+    return f'<table class="facts">{table}</table>{map_link}'
 
 
-def _answers(calls: Iterable[Call]) -> str:
-    return "".join(_answer(call) for call in calls)
+def _answers(calls: Iterable[Call], shared: list[str]) -> str:
+    return "".join(_answer(call, shared) for call in calls)
 
 
-def _answer(call: Call) -> str:
+def _answer(call: Call, shared: list[str]) -> str:
+    """One answer. Warnings in `shared` hold for the whole scene and stand beside its facts."""
     if call.is_error:
         return f'<article class="refused">{_asked(call)}<p>{_e(call.text)}</p></article>'
     shown = {"caption": _caption, "vqa": _vqa, "classify": _classes}[call.tool](call.structured)
     raw = _e(json.dumps(call.structured, indent=1))
+    warnings = _warnings(one for one in call.structured["warnings"] if one not in shared)
     details = f"<details><summary>whole answer</summary><pre>{raw}</pre></details>"
-    return f"<article>{_asked(call)}{shown}{_warnings(call.structured)}{details}</article>"
+    return f"<article>{_asked(call)}{shown}{warnings}{details}</article>"
 
 
 def _asked(call: Call) -> str:
     arguments = {name: value for name, value in call.arguments.items() if name not in ("image", "region")}
-    asked = arguments.pop("question", "") or ", ".join(f"{name} = {value}" for name, value in arguments.items())
+    if labels := arguments.pop("labels", []):
+        arguments["among"] = ", ".join(labels)
+    asked = arguments.pop("question", "") or ", ".join(f"{name}: {value}" for name, value in arguments.items())
     return f'<p class="asked"><code>{call.tool}</code> {_e(asked)} <span>{call.seconds:.2f} s</span></p>'
 
 
@@ -208,8 +212,13 @@ def _bar(name: str, share: float, faint: bool = False) -> str:
     return f'<div class="{kind}"><span>{_e(name)}</span><div>{filled}</div><b>{share:.2f}</b></div>'
 
 
-def _warnings(answer: dict[str, Any]) -> str:
-    return "".join(f'<p class="warning">{_e(warning)}</p>' for warning in answer.get("warnings", []))
+def _warnings(warnings: Iterable[str]) -> str:
+    return "".join(f'<p class="warning">{_e(warning)}</p>' for warning in warnings)
+
+
+def _shared(section: Section) -> list[str]:
+    answers = [call.structured["warnings"] for call in section.calls if not call.is_error]
+    return [one for one in answers[0] if all(one in warnings for warnings in answers)] if answers else []
 
 
 def _errors(errors: list[Call]) -> str:

@@ -82,7 +82,7 @@ async def test_a_model_server_that_dies_between_calls_gives_an_error_not_a_hang(
 ) -> None:
     with running_model_server(debug_weights, token_file) as model:
         arguments = ["--root", str(root), "--model-url", model.url, "--token-file", str(token_file)]
-        async with Client(stdio(*arguments), read_timeout_seconds=60) as client:
+        async with Client(stdio(*arguments), read_timeout_seconds=300) as client:
             assert not (await client.call_tool("caption", {"image": SCENE})).is_error
             model.process.kill()
             model.process.wait()

@@ -20,7 +20,7 @@ def rs_tools(*arguments: str | Path, state: Path | None = None) -> subprocess.Co
     if state is not None:
         environment["RS_PERCEPTION_STATE"] = str(state)
     command = [sys.executable, "-m", "rs_tools.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
 @pytest.fixture
