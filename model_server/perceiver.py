@@ -108,7 +108,7 @@ class Perceiver:
     @torch.inference_mode()
     def image_features(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """float32 [N, D] unit rows in which images described alike lie close: image vector and caption words."""
-        pooled = self.model.backbone(self._pixels(images))[1]
+        pooled = self.model.encode(self._pixels(images)).pooled
         heads = self.model.heads
         words = F.normalize(heads.concepts(pooled).sigmoid().sqrt(), dim=-1)
         return (torch.cat((heads.image_vectors(pooled), words), -1) / math.sqrt(2)).cpu().numpy()

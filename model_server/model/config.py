@@ -80,10 +80,12 @@ class FusionConfig:
 class ModelConfig:
     """The whole model. `labels` are the scenes it has learned by name, `merged_labels` pairs
     a label with its near-synonym that stands for both in the default taxonomy; `objects` are those of the presence
-    head, `concepts` the number of caption words it foresees."""
+    head, `concepts` the number of caption words it foresees.
+    `views` turned views share one pooled vector at inference (1 to 4)."""
 
     name: str = "nano"
     image_size: int = 256
+    views: int = 4
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     sentence: SentenceConfig = field(default_factory=SentenceConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)

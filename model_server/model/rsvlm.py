@@ -8,6 +8,7 @@ become does not depend on the text; everything after them is causal.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,11 @@ from model_server.model.sentence import SentenceEncoder
 from model_server.model.vision import Backbone
 
 HEAD_TOKENS = 4  # pooled image, labels, objects, caption words
+TURNS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda x: x.flip(3),
+    lambda x: x.rot90(1, (2, 3)),
+    lambda x: x.rot90(1, (2, 3)).flip(3),
+)
 
 
 @dataclass
@@ -95,8 +101,16 @@ class RSVLM(nn.Module):
         return self.config.fusion.grid**2 + HEAD_TOKENS
 
     def encode(self, images: Tensor) -> Features:
-        """uint8 [B, 3, side, side] -> features."""
-        return self.fuse(*self.backbone(images))
+        """uint8 [B, 3, side, side] -> features.
+
+        Imagery seen from above has no upright: the pooled vector is the mean over `config.views` turned views.
+        """
+        maps, pooled = self.backbone(images)
+        turned = [turn(images) for turn in TURNS[: self.config.views - 1]]
+        if turned:
+            others = self.backbone(torch.cat(turned))[1].view(len(turned), *pooled.shape)
+            pooled = (pooled + others.sum(0)) / (1 + len(turned))
+        return self.fuse(maps, pooled)
 
     def fuse(self, maps: dict[int, Tensor], pooled: Tensor) -> Features:
         """Backbone maps and pooled vectors to the visual tokens. The heads' findings enter without gradient."""

@@ -42,7 +42,7 @@ class VisionRun:
     rate: float = 4e-4
     head_rate: float = 2e-3
     weight_decay: float = 0.02
-    ema: float = 0.997
+    ema: float = 0.9985
     seed: int = 0
     every: int = 300
     limit: int | None = None

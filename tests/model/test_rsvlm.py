@@ -41,7 +41,8 @@ def full_forward(model: RSVLM, row: int, answer: list[int], length: int) -> torc
     """Logits after each answer token, without a cache and without padding."""
     features = model.encode(images(row + 1)).rows(torch.tensor([row]))
     asked = questions(model, [3, 5])
-    one = Questions(asked.states[row : row + 1, :length], asked.vectors[row : row + 1], asked.mask[row : row + 1, :length])
+    mine = slice(row, row + 1)
+    one = Questions(asked.states[mine, :length], asked.vectors[mine], asked.mask[mine, :length])
     x, visible, positions = model.prompt(features, torch.tensor([TASK]), one)
     n = len(answer)
     x = torch.cat((x, model.decoder.embed(torch.tensor([answer]))), 1)

@@ -1,0 +1,129 @@
+"""The training command on a small set made here: it learns, resumes to the same weights, and exports."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model_server.perceiver import Perceiver, Query
+from model_server.protocol import TileCaption
+from model_server.training.export import calibrate, export, fit_logistic, fit_temperature
+from model_server.training.language import SETS, LanguageRun, LanguageTrainer
+from model_server.training.polish import Polisher, PolishRun
+from model_server.training.vision import VisionRun, VisionTrainer
+
+COLOURS = {"forest": (20, 120, 30), "beach": (220, 200, 140), "river": (30, 60, 180)}
+
+
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Plain-coloured scenes in all four sets, with captions, presence and questions."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for name in SETS:
+        folder = root / name
+        (folder / "images").mkdir(parents=True)
+        rows = []
+        for i in range(18):
+            scene = list(COLOURS)[i % 3]
+            pixels = np.clip(np.array(COLOURS[scene]) + rng.normal(0, 12, (64, 64, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
+            row = {"id": f"{name}_{i}", "split": "val" if i >= 12 else "train", "images": [f"images/{i}.png"],
+                   "width": 64, "height": 64, "modality": "optical", "gsd_m": 1.0, "crs": False}  # fmt: skip
+            if name in ("ucm", "rsicd_aid"):
+                row |= {"scene": scene, "captions": [f"there is a {scene} .", f"this is a {scene} .", f"a {scene} ."]}
+            if name != "rsicd_aid":
+                answer = "yes" if scene == "river" else "no"
+                row["qa"] = [{"question": "Is there a water area?", "answer": answer, "type": "presence"}]
+            if name == "ucm":
+                row["presence"] = {"water": scene == "river", "trees": scene == "forest"}
+            rows.append(json.dumps(row))
+        (folder / "records.jsonl").write_text("\n".join(rows) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def vision_run(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("run")
+    VisionTrainer(VisionRun(data=small_data, run=run, config="debug", steps=30, batch=12, rate=2e-3, every=30)).fit()
+    return run
+
+
+def logged(run: Path, stage: str) -> list[dict]:
+    return [json.loads(line) for line in (run / f"{stage}.jsonl").read_text().splitlines()]
+
+
+def test_the_vision_stage_learns_scenes_of_plain_colours(vision_run: Path) -> None:
+    figures = [line["val"] for line in logged(vision_run, "vision") if "val" in line][-1]
+    assert figures["ucm"] >= 0.99
+    assert figures["presence_balanced"] > 0.9
+
+
+def test_a_stage_that_was_cut_off_resumes_to_the_weights_of_one_that_was_not(small_data: Path, vision_run: Path,
+                                                                             tmp_path: Path) -> None:  # fmt: skip
+    torch.set_num_threads(1)
+    weights = []
+    for name, cut in (("whole", None), ("cut", 3)):
+        run = tmp_path / name
+        run.mkdir()
+        (run / "vision.pt").write_bytes((vision_run / "vision.pt").read_bytes())
+        settings = LanguageRun(
+            data=small_data, run=run, config="debug", steps=6, batch=6, every=3, dropout=0, bf16=False
+        )
+        trainer = LanguageTrainer(settings)
+        if cut:
+            stop = RuntimeError("cut off")
+
+            def failing(rows: np.ndarray, x: torch.Tensor, t: LanguageTrainer = trainer, e: Exception = stop) -> float:
+                if t.step == 4:
+                    raise e
+                return LanguageTrainer.train_step(t, rows, x)
+
+            trainer.train_step = failing
+            with pytest.raises(RuntimeError, match="cut off"):
+                trainer.fit()
+            trainer = LanguageTrainer(settings)
+            assert trainer.step == 3
+        trainer.fit()
+        weights.append(trainer.average.decoder.embed.weight.clone())
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-6, rtol=0)
+
+
+def test_all_stages_give_a_checkpoint_that_answers_and_is_calibrated(small_data: Path, vision_run: Path) -> None:
+    shared = {"data": small_data, "run": vision_run, "config": "debug", "batch": 16, "dropout": 0.0}
+    LanguageTrainer(LanguageRun(**shared, steps=160, rate=4e-3, every=160, ema=0.9)).fit()
+    trainer = Polisher(PolishRun(**shared, steps=4, every=4, samples=3))
+    trainer.fit()
+    losses = [line["loss"] for line in logged(vision_run, "language") if "loss" in line]
+    assert losses[-1] < losses[0]
+    export(trainer, vision_run / "weights")
+    fitted = calibrate(vision_run / "weights", small_data, SETS)
+    perceiver = Perceiver.load(vision_run / "weights")
+    assert perceiver.calibration == fitted
+    said = {}
+    for scene, colour in COLOURS.items():
+        (answer,) = perceiver.answer([Query("caption", np.full((64, 64, 3), colour, np.uint8))])
+        assert isinstance(answer, TileCaption)
+        said[scene] = answer.caption
+    assert all(scene in caption for scene, caption in said.items()), said
+
+
+def test_a_logistic_fit_recovers_a_known_one() -> None:
+    x = torch.linspace(-4, 4, 400)
+    fitted = fit_logistic(x, torch.sigmoid(0.5 * x + 1.0))
+    assert fitted.slope == pytest.approx(0.5, abs=0.02)
+    assert fitted.offset == pytest.approx(1.0, abs=0.02)
+
+
+def test_an_overconfident_list_gets_a_temperature_above_one() -> None:
+    logs = [torch.tensor([0.98, 0.02]).log() for _ in range(10)]
+    assert fit_temperature(logs, [0] * 7 + [1] * 3) > 2
+
+
+def test_runs_are_plain_dataclasses_with_the_defaults_of_the_shipped_model() -> None:
+    assert dataclasses.asdict(VisionRun(data=Path("d"), run=Path("r")))["config"] == "nano"
