@@ -17,7 +17,7 @@ from mcp import Client
 from mcp.client.stdio import StdioServerParameters
 from mcp.types import CallToolResult, TextContent
 
-STARTED_S = 120
+STARTED_S = 300
 
 Connect = Callable[..., AbstractAsyncContextManager[Client]]
 
