@@ -81,6 +81,19 @@ def encode_questions(encoder: SentenceEncoder, tokenizer: Tokenizer, questions: 
     return out
 
 
+def stored_questions(
+    path: Path, encoder: SentenceEncoder, tokenizer: Tokenizer, questions: list[str]
+) -> dict[str, EncodedQuestion]:
+    """As `encode_questions`, kept in a file for the next stage or a resumed one, which ask the same."""
+    if path.exists():
+        kept: dict[str, tuple[Tensor, Tensor]] = torch.load(path, weights_only=True)
+        if kept.keys() >= set(questions):
+            return {q: EncodedQuestion(*parts) for q, parts in kept.items()}
+    encoded = encode_questions(encoder, tokenizer, questions)
+    torch.save({q: (e.states.clone(), e.vector.clone()) for q, e in encoded.items()}, path)
+    return encoded
+
+
 class LanguageTrainer:
     """The state of one run: model, moving average, optimiser and step."""
 
@@ -104,7 +117,7 @@ class LanguageTrainer:
         self.config = dataclasses.replace(config, decoder=decoder)
         encoder, self.sentence_tokenizer = sentence_parts(self.config)
         asked = [t.question for group in self.texts for t in group.questions]
-        self.questions = encode_questions(encoder, self.sentence_tokenizer, asked)
+        self.questions = stored_questions(run.run / "questions.pt", encoder, self.sentence_tokenizer, asked)
         self.model = RSVLM(self.config)
         self.model.load_state_dict(vision, strict=False)
         self.model.sentence.load_state_dict(encoder.state_dict())
@@ -228,15 +241,15 @@ class LanguageTrainer:
         images, val_images = load_images(self.train, "train images"), load_images(self.val, "val images")
         self.prepare(images)
         order = epoch_order(self.train, REPEAT, run.steps, run.batch, run.seed)
-        start, first, total = time.monotonic(), self.step, 0.0
+        start, first, losses = time.monotonic(), self.step, list[float]()
         with (run.run / f"{self.stage}.jsonl").open("a", encoding="utf-8") as log:
             for step, rows, x in batches(images, order, self.config.image_size, run.seed + 1, self.step):
-                total += self.train_step(rows, x)
+                losses.append(self.train_step(rows, x))
                 if (step + 1) % 20 == 0:
                     rate = (step + 1 - first) * run.batch / (time.monotonic() - start)
-                    line = {"step": step + 1, "images_s": round(rate, 1), "loss": round(total / 20, 4)}
+                    line = {"step": step + 1, "images_s": round(rate, 1), "loss": round(sum(losses) / len(losses), 4)}
                     print(json.dumps(line), file=log, flush=True)
-                    total = 0.0
+                    losses.clear()
                 if (step + 1) % run.every == 0 or step + 1 == run.steps:
                     self.save()
                     figures = {k: round(v, 4) for k, v in self.validate(val_images).items()}

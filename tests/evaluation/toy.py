@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from model_server.perceiver import Query
 from PIL import Image
 
+from model_server.perceiver import Query
 from model_server.protocol import ModelInfo, RankedAnswer, TileCaption, TileClasses, TileVqa
 
 SCENES = {"river": (20, 40, 200), "forest": (20, 160, 30), "bare_land": (200, 170, 90)}
