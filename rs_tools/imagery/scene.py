@@ -1,7 +1,7 @@
 """A raster as the tools see it: described once, read by decimated windows as 8-bit RGB.
 
-A `Scene` holds no open file, so it may be kept, shared between threads and read at the same time. Every read opens
-the file anew under the access policy and refuses one that has changed since.
+A `Scene` holds no open file, so it may be kept, shared between threads and read at the same time. Every read (or
+reader of many windows) opens the file anew under the access policy and refuses one that has changed since.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from rasterio.enums import MaskFlags, Resampling
@@ -42,6 +43,12 @@ class Pixels(NamedTuple):
 
     rgb: np.ndarray
     valid: np.ndarray
+
+
+class ReadWindow(Protocol):
+    """Reads a window of a scene whose file is held open; see `Scene.reader`."""
+
+    def __call__(self, region: Region, out_size: tuple[int, int]) -> Pixels: ...
 
 
 class Stamp(NamedTuple):
@@ -147,7 +154,7 @@ class Scene:
         return int(np.floor(x1)), int(np.floor(y1)), int(np.ceil(x2)), int(np.ceil(y2))
 
     def read(self, region: Region, out_size: tuple[int, int]) -> Pixels:
-        """Read a window, decimated while reading so that memory follows `out_size` and not the region.
+        """Read one window, decimated while reading so that memory follows `out_size` and not the region.
 
         Args:
             region: x1, y1, x2, y2 in pixels, as `region` returns it.
@@ -156,12 +163,34 @@ class Scene:
         Raises:
             AccessError, ImageError: the file is gone, damaged in this window, or changed since it was opened.
         """
-        x1, y1, x2, y2 = region
+        with self.reader() as read:
+            return read(region, out_size)
+
+    @contextmanager
+    def reader(self) -> Iterator[ReadWindow]:
+        """Read many windows with the file opened once: `with scene.reader() as read: pixels = read(region, size)`.
+
+        What it yields reads as `Scene.read` does, with the same checks, and keeps nothing between calls but GDAL's
+        bounded cache of decoded blocks. One thread at a time; several readers of one scene may be used side by side.
+
+        Raises:
+            AccessError, ImageError: as `read`, on entering or from any call inside the `with` block.
+        """
+
+        def read(region: Region, out_size: tuple[int, int]) -> Pixels:
+            self._check_unchanged()
+            x1, y1, x2, y2 = region
+            return self._shown(*_read(dataset, self.choice, _window(x1, y1, x2 - x1, y2 - y1), out_size))
+
+        self._check_unchanged()
+        with self._policy.open(self.path) as dataset:
+            yield read
+
+    def _check_unchanged(self) -> None:
         if stamp_of(self.path) != self._stamp:
             raise ImageError(f"{self.path.name} changed while it was in use; ask again.")
-        with self._policy.open(self.path) as dataset:
-            window = _window(x1, y1, x2 - x1, y2 - y1)
-            values, valid = _read(dataset, self.choice, window, out_size)
+
+    def _shown(self, values: np.ndarray, valid: np.ndarray) -> Pixels:
         rgb = self.stretch.apply(values)
         if self.stretch.palette is not None:
             index = np.clip(values[0], 0, len(self.stretch.palette) - 1).astype(np.intp)

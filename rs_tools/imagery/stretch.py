@@ -49,7 +49,7 @@ class Stretch:
         else:
             scaled = np.stack([self._scaled(band, *limits) for band, limits in zip(values, self.limits, strict=True)])
         tile = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
-        return np.ascontiguousarray(np.broadcast_to(tile, (3, *tile.shape[1:])).transpose(1, 2, 0))
+        return np.array(np.broadcast_to(tile, (3, *tile.shape[1:])).transpose(1, 2, 0), order="C")
 
     def _scaled(self, band: np.ndarray, low: float, high: float) -> np.ndarray:
         band = np.nan_to_num(band)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from affine import Affine
 from rasterio.control import GroundControlPoint
+from rasterio.io import DatasetReader
 from rasters import BUNDLED, DATA, UTM, noise, opened, whole, write
 
 from rs_tools.errors import ImageError, InputError, RegionError
+from rs_tools.imagery.access import AccessPolicy
+from rs_tools.imagery.scene import Scene
 
 RGB = ["red", "green", "blue"]
 NAN = float("nan")
@@ -298,6 +303,39 @@ def test_a_file_that_changed_since_it_was_opened_is_not_read(tmp_path: Path) -> 
     write(tmp_path / "a.tif", noise(3, 31, 41))
     with pytest.raises(ImageError, match="changed while it was in use"):
         whole(scene)
+
+
+def test_a_reader_opens_the_file_once_and_reads_windows_as_single_reads_do(tmp_path: Path) -> None:
+    class Counting(AccessPolicy):
+        opens = 0
+
+        @contextmanager
+        def open(self, path: Path) -> Iterator[DatasetReader]:
+            self.opens += 1
+            with super().open(path) as dataset:
+                yield dataset
+
+    policy = Counting([tmp_path])
+    write(tmp_path / "a.tif", noise(3, 60, 80, "uint16", high=4000), photometric="RGB", nodata=7)
+    scene = Scene.open(policy, str(tmp_path / "a.tif"))
+    windows = [((0, 0, 80, 60), (40, 30)), ((8, 4, 40, 50), (32, 46)), ((79, 59, 80, 60), (1, 1))]
+    singles = [scene.read(*window) for window in windows]
+    policy.opens = 0
+    with scene.reader() as read:
+        together = [read(*window) for window in windows]
+    assert policy.opens == 1
+    for single, one in zip(singles, together, strict=True):
+        np.testing.assert_array_equal(one.rgb, single.rgb)
+        np.testing.assert_array_equal(one.valid, single.valid)
+
+
+def test_a_reader_refuses_a_file_that_changes_between_two_windows(tmp_path: Path) -> None:
+    scene = opened(write(tmp_path / "a.tif", noise(3, 30, 40)))
+    with scene.reader() as read:
+        assert read((0, 0, 8, 8), (8, 8)).valid.all()
+        write(tmp_path / "a.tif", noise(3, 31, 41))
+        with pytest.raises(ImageError, match="changed while it was in use"):
+            read((0, 0, 8, 8), (8, 8))
 
 
 # --- places
