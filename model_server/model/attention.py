@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from enum import StrEnum
 
 import torch
@@ -34,10 +35,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: Backen
     return (scores.softmax(-1) @ v.float()).to(q.dtype)
 
 
-def rotary_table(positions: Tensor, width: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [..., width] of integer positions [...], the two halves alike (RoPE, Su et al. 2021)."""
-    rates = base ** (-torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
-    angles = positions[..., None].float() * rates
+def rotary_table(positions: Tensor, width: int, base: float,
+                 sections: Sequence[int] = ()) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Cosine and sine [B, T, width] of integer positions, the two halves alike (RoPE, Su et al. 2021).
+
+    positions [B, T], or [3, B, T] = (time, row, column) with `sections` (M-RoPE, Qwen2-VL): of the width/2
+    frequencies the first sections[0] turn by time, the next sections[1] by row, the rest by column.
+    """
+    rates = 1.0 / base ** (torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
+    angles = positions[..., None].float() * rates  # [B, T, width/2], or [3, B, T, width/2]
+    if positions.ndim == 3:
+        if len(sections) != 3 or sum(sections) != width // 2:
+            raise ValueError(
+                f"positions in three parts need three rope_sections that add up to {width // 2}, not {tuple(sections)}"
+            )
+        angles = torch.cat([part[i] for i, part in enumerate(angles.split(list(sections), -1))], -1)
     angles = torch.cat((angles, angles), -1)
     return angles.cos(), angles.sin()
 

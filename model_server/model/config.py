@@ -16,6 +16,7 @@ class BackboneConfig:
     """An EfficientNet-Lite pyramid: blocks as (expansion, kernel, stride, width), strides 4/8/16/32.
 
     `input_mean` and `input_std` are those of the published ImageNet weights, (x - 127) / 128 on 0..255.
+    `norm_momentum` moves the batch norms' statistics: slowly from published ones, faster from none.
     """
 
     stem: int = 32
@@ -31,6 +32,7 @@ class BackboneConfig:
     head: int = 1280
     input_mean: float = 127.0
     input_std: float = 128.0
+    norm_momentum: float = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,11 @@ class SentenceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """A Llama-style causal decoder; `inject_layers` are those before which the maps are looked at again."""
+    """A causal decoder of the Llama family; Qwen2 adds biases to q, k and v (`qkv_bias`).
+
+    `tied`: the output embedding is the input's. `rope_sections`: rotary frequencies that follow time, row and column
+    (M-RoPE of Qwen2-VL); empty = one position a token.
+    """
 
     vocab_size: int = 2048
     width: int = 256
@@ -60,6 +66,9 @@ class DecoderConfig:
     max_text: int = 64
     dropout: float = 0.0
     experts: tuple[str, ...] = ("image",)
+    qkv_bias: bool = False
+    tied: bool = True
+    rope_sections: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +83,84 @@ class FusionConfig:
     strides: tuple[int, ...] = (8, 16, 32)
     query_from_last: bool = True
     mda_layers: tuple[int, ...] = (2,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """A vision transformer. `style` is "clip" (class token, a norm before the first layer, patches without bias) or
+    "siglip" (none of these); `act` is "gelu", "gelu_tanh" or "quick_gelu". `layers` counts those that are run."""
+
+    style: str = "siglip"
+    width: int = 1152
+    layers: int = 26
+    heads: int = 16
+    ffn: int = 4304
+    image_size: int = 384
+    patch: int = 14
+    act: str = "gelu_tanh"
+    norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetailConfig:
+    """The detail view (FUSE-RSVLM): windows of a canvas through the tower, stitched and split into stacks.
+
+    `scales` are window sides relative to `window` (the side the tower takes), in the order of the stacks; `taps` are
+    indices of tapped hidden states (0 = before the first layer); `factor` splits the stitched grid by its phases.
+    `pad_mean`: a picture that is not square is padded with these values for the global view; None = it is squashed.
+    What the published code does and its weights have learned: `plane_windows` takes the windows of each colour plane
+    in turn and calls every three of them one picture; `zero_edges` weights with a Hann window that is 0 at its ends.
+    """
+
+    canvas: int = 672
+    window: int = 336
+    scales: tuple[float, ...] = (1.0, 0.5)
+    taps: tuple[int, ...] = (8, 16, 24)
+    factor: int = 2
+    pad_mean: tuple[float, ...] | None = None
+    plane_windows: bool = False
+    zero_edges: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """How an image's tokens enter the sequence (LLaVA and its kin).
+
+    `visual_first`: before everything, the start token included (MF-RSVLM); else in the place of the placeholder.
+    `spatial`: an image of several tiles is its overview (`overview`) and then its tiles put together on one grid, cut
+    to the picture and with a newline token after each row (`newline`), or pooled 2x2 (`maxpool`); else one after
+    another. `tile` and `side`: a tile's pixels and tokens a side. `grids`: the admitted sizes (width, height) of the
+    tiled picture, empty = always 2x2 tiles. `max_tiles`: a larger grid is resized to about that many tiles' tokens.
+    `context`: longer sequences are cut.
+    """
+
+    visual_first: bool = False
+    spatial: bool = False
+    newline: bool = False
+    maxpool: bool = False
+    overview: bool = True
+    tile: int = 384
+    side: int = 27
+    grids: tuple[tuple[int, int], ...] = ()
+    max_tiles: int | None = None
+    context: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerConfig:
+    """A LLaVA-style model: a vision transformer, a two-layer projector and a decoder (RSUniVLM, MF-RSVLM).
+
+    `feature` is the hidden state of the tower that is projected. `inject_layers`: decoder layers (0-based) before
+    which the detail stacks are looked at again, at prefill; they need `details`.
+    """
+
+    name: str
+    vision: ViTConfig
+    decoder: DecoderConfig
+    merge: MergeConfig = field(default_factory=MergeConfig)
+    feature: int = 26
+    details: DetailConfig | None = None
+    inject_layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +228,7 @@ def debug() -> ModelConfig:
             stem=8,
             blocks=((1, 3, 1, 8), (2, 3, 2, 8), (2, 3, 2, 12), (2, 3, 2, 16), (2, 3, 2, 24)),
             head=32,
+            norm_momentum=0.1,
         ),
         sentence=SentenceConfig(vocab_size=600, width=24, layers=1, heads=2, ffn=48),
         decoder=DecoderConfig(vocab_size=400, width=32, layers=2, heads=4, kv_heads=2, ffn=64),

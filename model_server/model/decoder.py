@@ -1,11 +1,12 @@
-"""The language decoder: Llama-style blocks (RMSNorm, RoPE, grouped heads, SwiGLU experts) with MDA inside.
+"""The language decoder: blocks of the Llama and Qwen2 family (RMSNorm, RoPE, grouped heads, SwiGLU experts) with MDA
+and recurrent visual injection between them. With one expert it computes what Llama and Qwen2 compute.
 
 It works on embeddings; what they stand for (visual tokens, a question, text) is the caller's business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from model_server.model.attention import KVCache, attend, rotary_table, rotate
 from model_server.model.config import DecoderConfig
 from model_server.model.experts import GranularExperts
 from model_server.model.fusion import SpatialIntegration, Windows
+from model_server.model.injection import Details, Injection
 
 
 class Block(nn.Module):
@@ -26,7 +28,7 @@ class Block(nn.Module):
         self.head_width = w // config.heads
         kv = self.kv_heads * self.head_width
         self.norm1 = nn.RMSNorm(w, config.norm_eps)
-        self.qkv = nn.Linear(w, w + 2 * kv, bias=False)
+        self.qkv = nn.Linear(w, w + 2 * kv, bias=config.qkv_bias)
         self.out = nn.Linear(w, w, bias=False)
         self.norm2 = nn.RMSNorm(w, config.norm_eps)
         self.experts = GranularExperts(w, config.ffn, config.experts)
@@ -48,34 +50,43 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Blocks over embeddings; before each MDA layer the visual tokens look at the maps again (Aquila, MDA)."""
+    """Blocks over embeddings; before chosen layers the visual tokens look at the image again: at its maps (Aquila, MDA)
+    or at its detail stacks (FUSE-RSVLM, `inject` names the layers)."""
 
-    def __init__(self, config: DecoderConfig, mda: Mapping[int, SpatialIntegration]) -> None:
+    def __init__(self, config: DecoderConfig, mda: Mapping[int, SpatialIntegration] | None = None,
+                 inject: Sequence[int] = ()) -> None:  # fmt: skip
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.width)
         nn.init.normal_(self.embed.weight, std=0.02)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, config.norm_eps)
-        self.mda = nn.ModuleDict({str(layer): sfi for layer, sfi in mda.items()})
+        self.mda = nn.ModuleDict({str(layer): sfi for layer, sfi in (mda or {}).items()})
+        self.inject = nn.ModuleDict({str(layer): Injection(config.width) for layer in inject})
+        self.head = None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None, expert: Tensor,
-                windows: Windows | None = None, cache: KVCache | None = None) -> Tensor:  # fmt: skip
-        """Hidden states [B, T, W] of embeddings x [B, T, W] at integer positions [B, T].
+                windows: Windows | None = None, cache: KVCache | None = None,
+                details: Details | None = None) -> Tensor:  # fmt: skip
+        """Hidden states [B, T, W] of embeddings x [B, T, W] at integer positions [B, T], or [3, B, T] for M-RoPE.
 
-        windows: given when x begins with the L*L visual tokens, for MDA; None on later steps over a cache.
-        expert: int [B] on the CPU, each sequence's expert row.
+        mask: bool, broadcastable to [B, 1, T, S]; None = look at everything.
+        windows, details: given when x begins with the visual tokens, for MDA and injection; None on later steps over
+        a cache. expert: int [B] on the CPU, each sequence's expert row.
         """
-        rope = rotary_table(positions, self.config.width // self.config.heads, self.config.rope_base)
+        c = self.config
+        rope = rotary_table(positions, c.width // c.heads, c.rope_base, c.rope_sections)
         for layer, block in enumerate(self.blocks):
             if windows is not None and str(layer) in self.mda:
                 n = next(iter(windows.values())).shape[1]
                 x = torch.cat((self.mda[str(layer)](x[:, :n], windows), x[:, n:]), 1)
+            if details is not None and str(layer) in self.inject:
+                x = self.inject[str(layer)](x, details)
             x = block(x, rope, mask, expert, cache, layer)
         if cache is not None:
             cache.advance(x.shape[1])
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Tied output embedding: [..., W] -> [..., vocabulary]."""
-        return F.linear(hidden, self.embed.weight)
+        """[..., W] -> [..., vocabulary]."""
+        return F.linear(hidden, self.embed.weight if self.head is None else self.head.weight)
