@@ -147,7 +147,7 @@ class MergeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TowerConfig:
+class LlavaConfig:
     """A LLaVA-style model: a vision transformer, a two-layer projector and a decoder (RSUniVLM, MF-RSVLM).
 
     `feature` is the hidden state of the tower that is projected. `inject_layers`: decoder layers (0-based) before

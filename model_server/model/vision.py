@@ -46,10 +46,12 @@ class SameConv(nn.Conv2d):
 class ConvNorm(nn.Module):
     """Convolution without bias and its batch norm; `fold` turns the pair into one convolution with a bias."""
 
-    def __init__(self, c_in: int, c_out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> None:
+    def __init__(
+        self, c_in: int, c_out: int, kernel: int = 1, stride: int = 1, groups: int = 1, momentum: float = 0.01
+    ) -> None:
         super().__init__()
         self.conv = SameConv(c_in, c_out, kernel, stride, groups=groups, bias=False)
-        self.norm: nn.BatchNorm2d | None = nn.BatchNorm2d(c_out, eps=1e-3, momentum=0.01)
+        self.norm: nn.BatchNorm2d | None = nn.BatchNorm2d(c_out, eps=1e-3, momentum=momentum)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
@@ -70,12 +72,14 @@ class ConvNorm(nn.Module):
 class InvertedResidual(nn.Module):
     """Expand 1x1, depthwise k x k, project 1x1; a residual where the shape stays."""
 
-    def __init__(self, c_in: int, c_out: int, expansion: int, kernel: int, stride: int) -> None:
+    def __init__(
+        self, c_in: int, c_out: int, expansion: int, kernel: int, stride: int, momentum: float = 0.01
+    ) -> None:
         super().__init__()
         hidden = c_in * expansion
-        self.expand = ConvNorm(c_in, hidden) if expansion != 1 else None
-        self.depthwise = ConvNorm(hidden, hidden, kernel, stride, groups=hidden)
-        self.project = ConvNorm(hidden, c_out)
+        self.expand = ConvNorm(c_in, hidden, momentum=momentum) if expansion != 1 else None
+        self.depthwise = ConvNorm(hidden, hidden, kernel, stride, groups=hidden, momentum=momentum)
+        self.project = ConvNorm(hidden, c_out, momentum=momentum)
         self.residual = stride == 1 and c_in == c_out
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C_in, H, W] -> [B, C_out, H/stride, W/stride]
@@ -93,15 +97,15 @@ class Backbone(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
-        self.stem = ConvNorm(3, config.stem, 3, 2)
+        self.stem = ConvNorm(3, config.stem, 3, 2, momentum=config.norm_momentum)
         blocks, strides, c_in, stride = [], [], config.stem, 2
         for expansion, kernel, step, width in config.blocks:
-            blocks.append(InvertedResidual(c_in, width, expansion, kernel, step))
+            blocks.append(InvertedResidual(c_in, width, expansion, kernel, step, config.norm_momentum))
             stride *= step
             c_in = width
             strides.append(stride)
         self.blocks = nn.ModuleList(blocks)
-        self.head = ConvNorm(c_in, config.head)
+        self.head = ConvNorm(c_in, config.head, momentum=config.norm_momentum)
         self.strides = tuple(strides)
         last = {s: i for i, s in enumerate(strides)}
         self.taps = {i: s for s, i in last.items() if s >= 4}  # block index -> stride

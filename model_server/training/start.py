@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+import re
+from collections import Counter
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from model_server.checkpoints.pretrained import load_efficientnet_lite2, load_minilm, minilm_tokenizer
 from model_server.model.config import BackboneConfig, ModelConfig, SentenceConfig
@@ -31,12 +34,14 @@ def sentence_parts(config: ModelConfig) -> tuple[SentenceEncoder, Tokenizer]:
 
 
 def _small_wordpiece(vocab_size: int) -> Tokenizer:
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    """Single characters and the commonest words of the phrasings. (The library's trainer breaks ties at random.)"""
+    specials, letters = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"], "abcdefghijklmnopqrstuvwxyz0123456789?'.,-"
+    counts = Counter(w for bank in TRAIN.values() for phrase in bank for w in re.findall(r"[a-z]{2,}", phrase.lower()))
+    words = sorted(counts, key=lambda w: (-counts[w], w))
+    pieces = [*specials, *letters, *(f"##{c}" for c in letters), *words][:vocab_size]
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=specials, show_progress=False)
-    tokenizer.train_from_iterator([phrase for bank in TRAIN.values() for phrase in bank], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
