@@ -27,3 +27,12 @@ def labelled_data() -> Path:
     if not (folder / "ucm" / "records.jsonl").is_file():
         pytest.skip(f"no labelled data in {folder}; set RS_DATA to a directory of record sets")
     return folder
+
+
+@pytest.fixture(scope="session")
+def oracles() -> Path:
+    """Recorded results of published code (RS_ORACLES, or ../shared/reference/oracles); skipped where there are none."""
+    folder = Path(os.environ.get("RS_ORACLES", ROOT.parent / "shared" / "reference" / "oracles"))
+    if not (folder / "README.md").is_file():
+        pytest.skip(f"no recorded results in {folder}; set RS_ORACLES to their directory")
+    return folder
