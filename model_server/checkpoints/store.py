@@ -44,6 +44,7 @@ def save_checkpoint(folder: Path, model: RSVLM, tokenizer: TextTokenizer, senten
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().half().contiguous() for k, v in model.state_dict().items()}
     save_file(state, folder / TENSORS, metadata={"format": "pt"})
+    (folder / TENSORS).chmod(0o644)  # safetensors writes it for its owner alone
     (folder / CONFIG).write_text(model.config.to_json() + "\n", encoding="utf-8")
     tokenizer.save(folder / TOKENIZER)
     sentence_tokenizer.save(str(folder / SENTENCE_TOKENIZER))
