@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 
 from rs_tools.imagery.scene import Region
 
@@ -167,7 +167,7 @@ def _spans(start: int, end: int, reach: int, shared: int) -> list[tuple[int, int
         return [(start, end)]
     if shared == 0:
         edges = [start + length * i // n for i in range(n + 1)]
-        return list(zip(edges[:-1], edges[1:], strict=True))
+        return list(pairwise(edges))
     # Rounding down keeps every step within reach - shared, a whole number that the exact step does not exceed.
     starts = [start + (length - reach) * i // (n - 1) for i in range(n)]
     return [(left, left + reach) for left in starts]

@@ -39,7 +39,7 @@ def cuts(draw: st.DrawFn) -> tuple[int, int, float]:
     return side, draw(st.integers(0, side // 2)), draw(st.floats(1, 8))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(regions(), cuts())
 def test_every_pixel_is_covered_by_tiles_inside_the_region(region: Region, cut: tuple[int, int, float]) -> None:
     side, overlap, decimation = cut
@@ -56,7 +56,7 @@ def test_every_pixel_is_covered_by_tiles_inside_the_region(region: Region, cut: 
     assert len(plan.regions) == plan.columns * plan.rows
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(regions(), cuts())
 def test_neighbours_share_the_overlap_that_was_asked_for(region: Region, cut: tuple[int, int, float]) -> None:
     side, overlap, decimation = cut
@@ -70,7 +70,7 @@ def test_neighbours_share_the_overlap_that_was_asked_for(region: Region, cut: tu
         assert plan.regions[index - plan.columns][3] - plan.regions[index][1] >= plan.overlap
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(regions(), cuts())
 def test_tiles_are_never_larger_than_asked_nor_enlarged(region: Region, cut: tuple[int, int, float]) -> None:
     side, overlap, decimation = cut
@@ -83,7 +83,7 @@ def test_tiles_are_never_larger_than_asked_nor_enlarged(region: Region, cut: tup
         assert height <= plan.tile_size[1]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(regions(), cuts())
 def test_a_partition_has_no_slivers(region: Region, cut: tuple[int, int, float]) -> None:
     side, _, decimation = cut
@@ -94,7 +94,7 @@ def test_a_partition_has_no_slivers(region: Region, cut: tuple[int, int, float])
     assert max(heights) - min(heights) <= 1
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(regions(120_000), st.sampled_from([None, 0.05, 0.3, 10.0]), st.booleans(), st.sampled_from([0, OVERLAP]))
 def test_the_work_is_bounded_and_known_beforehand(
     region: Region, gsd: float | None, overview: bool, overlap: int
@@ -109,7 +109,7 @@ def test_the_work_is_bounded_and_known_beforehand(
         assert bool(looks.coarsened) == (looks.coarsened > most)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(regions(TILE_SIDE), st.sampled_from([None, 0.05, 10.0]))
 def test_a_small_region_is_one_look_whatever_is_asked(region: Region, gsd: float | None) -> None:
     once = Looks(single_tile(region))
