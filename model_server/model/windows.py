@@ -109,13 +109,12 @@ def stitch(tokens: Tensor, scale: Scale, batch: int, zero_edges: bool) -> Tensor
     return (total / weights.clamp(min=1e-6)).permute(0, 2, 3, 1)
 
 
-def detail_stacks(tower: VisionTransformer, images: Tensor, config: DetailConfig) -> Tensor:
-    """Normalised pixels [B, 3, H, W] -> stacks [B, K, V, W], ordered by scale, tap, row phase and column phase.
+def detail_stacks(tower: VisionTransformer, canvas: Tensor, config: DetailConfig) -> Tensor:
+    """Normalised canvases [B, 3, S, S] -> stacks [B, K, V, W], ordered by scale, tap, row phase and column phase.
 
     All windows of all images and scales go through the tower in one batch.
     """
     scales = plan(config, tower.config)
-    canvas = canvas_of(images, config.canvas)
     windows = [cut_windows(canvas, s, config) for s in scales]
     states = tower(torch.cat(windows), config.taps)
     sizes = [len(w) for w in windows]
@@ -124,6 +123,6 @@ def detail_stacks(tower: VisionTransformer, images: Tensor, config: DetailConfig
     stacks = []
     for scale, tapped in zip(scales, by_scale, strict=True):
         for tokens in tapped:
-            grid = stitch(tokens, scale, len(images), config.zero_edges)
+            grid = stitch(tokens, scale, len(canvas), config.zero_edges)
             stacks += [grid[:, r :: config.factor, c :: config.factor].flatten(1, 2) for r in phases for c in phases]
     return torch.stack(stacks, 1)

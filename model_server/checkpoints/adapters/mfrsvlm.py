@@ -1,0 +1,204 @@
+"""MF-RSVLM, also FUSE-RSVLM: the published layout `vhm`.
+
+A CLIP tower in a folder of its own, a two-layer projector and Llama with recurrent injection (`deepstack_*`). What its
+weights were trained with and is kept: windows cut plane by plane, Hann weights that are 0 at the edge of a window,
+visual tokens before everything (the start token included), injection at prefill only. What is mended: detail stacks
+belong to their prompt and cannot outlive it, and padding stays invisible in cached decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model_server.checkpoints.published import (
+    LayoutError,
+    Piece,
+    Plan,
+    Report,
+    Tensors,
+    UnsupportedLayout,
+    decoder_config,
+    decoder_plan,
+    empty,
+    fill,
+    need,
+    open_tensors,
+    projector_plan,
+    read_json,
+    require,
+    tower_folder,
+    vit_config,
+    vit_plan,
+)
+from model_server.checkpoints.store import WeightsError
+from model_server.model.config import DetailConfig, LlavaConfig, MergeConfig, ViTConfig
+from model_server.model.llava import LlavaVLM
+
+NAME = "mfrsvlm"
+CLIP = ViTConfig(
+    style="clip", width=768, layers=12, heads=12, ffn=3072, image_size=224, patch=32, act="quick_gelu", norm_eps=1e-5
+)  # CLIPVisionConfig's defaults
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+TOWER = "vision_model."
+# Rotary rates are computed; copies of the tower in step checkpoints are ignored by the authors' loader too.
+UNUSED = (
+    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+    r"model\.vision_tower\..*",
+    r"vision_model\.post_layernorm\..*",
+    r"vision_model\.embeddings\.position_ids",
+    r"(text_model\.|visual_projection|text_projection|logit_scale).*",
+)
+
+
+def recognises(folder: Path) -> bool:
+    path = folder / "config.json"
+    return path.is_file() and read_json(path).get("model_type") == "vhm"
+
+
+def inject_layers(listed: Sequence[int], layers: int) -> tuple[int, ...]:
+    """Decoder layers, 0-based. The published list counts from 1, unless it holds a 0; what is out of range drops."""
+    first = 0 if 0 in listed else 1
+    return tuple(sorted({n - first for n in listed if 0 <= n - first < layers}))
+
+
+def taps(listed: Sequence[float], layers: int) -> tuple[int, ...]:
+    """Tapped hidden states: a float in (0, 1] is a share of the depth, an int an index; -n is layers - n."""
+    found = set()
+    for value in listed:
+        share = isinstance(value, float) and 0 < value <= 1
+        index = round(value * layers) if share else int(value)
+        found.add(max(1, min(layers, index + layers if index < 0 else index)))
+    return tuple(sorted(found))
+
+
+def scales(listed: Sequence[float]) -> tuple[float, ...]:
+    """Window scales in the order given, at most 1; the full scale comes first if it is not in the list."""
+    found = list(dict.fromkeys(min(float(s), 1.0) for s in listed if s > 0))
+    return tuple(found if any(abs(s - 1) < 1e-6 for s in found) else [1.0, *found])
+
+
+def detail_config(raw: Mapping[str, Any], tower: Path, vision: ViTConfig) -> DetailConfig:
+    mean = None
+    if raw.get("image_aspect_ratio") == "pad":
+        path = tower / "preprocessor_config.json"
+        mean = tuple(read_json(path).get("image_mean", CLIP_MEAN)) if path.is_file() else CLIP_MEAN
+    return DetailConfig(
+        scales=scales(raw.get("deepstack_window_scales") or (1.0, 0.5)),
+        taps=taps(raw.get("deepstack_detail_layers") or (0.33, 0.66, 1.0), vision.layers),
+        factor=max(1, int(raw.get("deepstack_downsample_factor", 2))),
+        pad_mean=mean,
+        plane_windows=True,
+        zero_edges=True,
+    )
+
+
+def read_config(folder: Path, raw: Mapping[str, Any], tensors: Tensors) -> LlavaConfig:
+    """Our config of a checkpoint whose config.json holds `raw`.
+
+    Raises:
+        UnsupportedLayout: it asks for what is not computed here.
+        WeightsError: its vision tower is not there.
+    """
+    require(raw, "mm_projector_type", ["mlp2x_gelu"])
+    require(raw, "mm_vision_select_feature", ["patch"])
+    require(raw, "rope_scaling", [None])
+    tower = _tower(folder, raw)
+    described = read_json(tower / "config.json")
+    require(described, "model_type", ["clip_vision_model", "clip"])
+    vision = vit_config(described, CLIP)
+    decoder = decoder_config(raw)
+    if decoder.rope_base != (base := _rope_base(tensors, decoder.rope_base)):
+        decoder = decoder_config({**raw, "rope_theta": base})
+    details = detail_config(raw, tower, vision)
+    if vision.image_size != details.window:
+        raise UnsupportedLayout(f"its tower takes {vision.image_size} pixels; the detail view needs {details.window}")
+    selected = need(raw, "mm_vision_select_layer")
+    selected = [selected] if isinstance(selected, int) else selected
+    if len(selected) != 1:
+        raise UnsupportedLayout(f"config.json has mm_vision_select_layer = {selected}; one layer is supported")
+    listed = raw.get("deepstack_injection_layers", (2, 4, 6, 8))
+    return LlavaConfig(
+        name=NAME,
+        vision=vision,
+        decoder=decoder,
+        merge=MergeConfig(visual_first=True),
+        feature=selected[0] if selected[0] >= 0 else vision.layers + 1 + selected[0],
+        details=details,
+        inject_layers=inject_layers(listed, decoder.layers),
+    )
+
+
+def _tower(folder: Path, raw: Mapping[str, Any]) -> Path:
+    name = need(raw, "mm_vision_tower")
+    tower = tower_folder(folder, name)
+    if tower is None:
+        raise WeightsError(
+            f"{folder} keeps no vision tower of its own, it names {name!r}; "
+            f"put that CLIP checkpoint into {folder / name} or name its folder in config.json"
+        )
+    return tower
+
+
+def _rope_base(tensors: Tensors, configured: float) -> float:
+    """The base of the saved rotary rates where they are saved: the class that wrote them ignored `rope_theta`."""
+    rates = tensors.get("model.layers.0.self_attn.rotary_emb.inv_freq")
+    if rates is None:
+        return configured
+    saved = rates().double()
+    if len(saved) < 2 or abs(saved[1] * configured ** (1 / len(saved)) - 1) < 1e-5:
+        return configured
+    return float(torch.round(saved[1] ** -len(saved)))
+
+
+def load(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32,
+         overrides: Mapping[str, Any] | None = None) -> tuple[LlavaVLM, Report]:  # fmt: skip
+    """Read a checkpoint's folder and its tower's; `overrides` replace fields of its config.json.
+
+    Raises:
+        LayoutError: tensors are missing, unexpected or of another shape.
+        WeightsError: a file is missing or unreadable, or asks for what is not computed here.
+    """
+    raw = {**read_json(folder / "config.json"), **(overrides or {})}
+    tensors = open_tensors(folder)
+    config = read_config(folder, raw, tensors)
+    model = empty(lambda: LlavaVLM(config), device, dtype)
+    tied = (r"lm_head\.weight",) if config.decoder.tied else ()
+    report = fill(model, plan(config), {**tensors, **open_tensors(_tower(folder, raw))}, (*UNUSED, *tied))
+    if not report.fits:
+        raise LayoutError(folder, report)
+    return model.eval().requires_grad_(False), report
+
+
+def plan(config: LlavaConfig) -> Plan:
+    """Published names and where they go."""
+    w = config.decoder.width
+    found = {
+        **decoder_plan(config.decoder),
+        **projector_plan(config.vision.width, w, "model.mm_projector."),
+        **vit_plan(config.vision, TOWER),
+    }
+    if not config.inject_layers:
+        return found
+    count = len(config.inject_layers)
+    ours = [f"decoder.inject.{layer}." for layer in config.inject_layers]
+    found["model.deepstack_residual_scale"] = [Piece(f"{o}scale", (count,), item=i) for i, o in enumerate(ours)]
+    layers = {
+        "hidden_norms.{}": ("hidden_norm", None),
+        "detail_norms.{}": ("detail_norm", None),
+        "detail_proj.{}": ("project", w),
+        "gate_proj.{}": ("gate", 2 * w),
+        "router_query.{}.0": ("router.query_norm", None),
+        "router_query.{}.1": ("router.query", w),
+        "router_key.{}.0": ("router.key_norm", None),
+        "router_key.{}.1": ("router.key", w),
+    }
+    for rank, prefix in enumerate(ours):
+        for theirs, (name, into) in layers.items():
+            published = f"model.deepstack_{theirs.format(rank)}."
+            found[published + "weight"] = [Piece(f"{prefix}{name}.weight", (w,) if into is None else (w, into))]
+            found[published + "bias"] = [Piece(f"{prefix}{name}.bias", (w,))]
+    return found
