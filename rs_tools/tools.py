@@ -20,8 +20,8 @@ import numpy as np
 
 from model_server.protocol import MAX_LABEL_LENGTH, MAX_LABELS, MAX_TEXT, PerceiveRequest, PerceiveResponse, Task
 from rs_tools.errors import InputError, PerceptionError, ServerError
-from rs_tools.imagery.access import AccessPolicy
-from rs_tools.imagery.scene import Pixels, Scene, Stamp, stamp_of
+from rs_tools.imagery.access import AccessPolicy, Source, Stamp, stamp_of
+from rs_tools.imagery.scene import Pixels, Scene
 from rs_tools.imagery.tiling import TilePlan, single_tile
 from rs_tools.results import (
     Alternative,
@@ -85,7 +85,7 @@ class Tools:
     def __init__(self, policy: AccessPolicy, client: Perceiving) -> None:
         self._policy = policy
         self._client = client
-        self._scenes: OrderedDict[tuple[Path, Stamp, tuple[int, ...]], Scene] = OrderedDict()
+        self._scenes: OrderedDict[tuple[Source, Stamp, tuple[int, ...]], Scene] = OrderedDict()
 
     async def inspect_image(self, image: str, bands: Sequence[int] = ()) -> InspectResult:
         """Size, bands, data type, georeference and kind of an image. Asks no model."""
@@ -179,9 +179,9 @@ class Tools:
 
     def _scene(self, image: str, bands: Sequence[int]) -> Scene:
         """The scene of an image, kept while its file stays the same. Failures are not kept."""
-        path = self._policy.resolve(image)
-        key = (path, stamp_of(path), tuple(bands))
-        scene = self._scenes.pop(key, None) or Scene.open(self._policy, str(path), bands)
+        source = self._policy.resolve(image)
+        key = (source, stamp_of(source), tuple(bands))
+        scene = self._scenes.pop(key, None) or Scene.open(self._policy, str(source), bands)
         self._scenes[key] = scene  # now the most recently used
         while len(self._scenes) > _SCENES_KEPT:
             self._scenes.popitem(last=False)
@@ -223,7 +223,7 @@ class Tools:
                 height=dataset.height,
                 band_count=dataset.count,
                 dtype=dataset.dtypes[0],
-                bytes=real.stat().st_size,
+                bytes=stamp_of(real).size,
             )
 
 

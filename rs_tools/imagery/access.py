@@ -1,81 +1,70 @@
-"""Which files may be read, and how they are opened.
+"""Which files may be read.
 
-An image name is resolved through symbolic links and `..` before it is compared with the allowed folders, and what
-GDAL opened is compared again, sidecar files included: overviews and masks beside an image may be links, and a
-metadata item inside an image can name any other file as its overview. The driver is chosen by the file's first
-bytes from a short list, so that no virtual format (VRT, /vsi*, archives, web services) is ever consulted.
+An image name is resolved through symbolic links and `..`, compared with the allowed folders, and then opened folder by
+folder from the allowed one without following any link, so that what is opened is what was checked, even if links change
+in between. (A hard link inside an allowed folder is a file inside it.) `formats` turns the opened file into a raster;
+`remote` does the same for images behind https addresses, which are off unless hosts are allowed.
 """
 
 from __future__ import annotations
 
 import os
-import warnings
+import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-import rasterio
-from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
-from rasterio.session import DummySession
 
 from rs_tools.errors import AccessError, ImageError
+from rs_tools.imagery.formats import ByteSource, opened, sidecar_names
+from rs_tools.imagery.remote import RemoteFiles, RemoteImage
 
-# A scene without georeference is reported in every result; GDAL's own notice on stderr adds nothing.
-warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
-
-_SIGNATURES: tuple[tuple[bytes, str], ...] = (
-    (b"II*\0", "GTiff"),
-    (b"MM\0*", "GTiff"),
-    (b"II+\0", "GTiff"),
-    (b"MM\0+", "GTiff"),
-    (b"\x89PNG\r\n\x1a\n", "PNG"),
-    (b"\xff\xd8\xff", "JPEG"),
-    (b"\0\0\0\x0cjP  ", "JP2OpenJPEG"),
-    (b"\xffO\xffQ", "JP2OpenJPEG"),
-)
-# What people do hand in, so that the refusal can name it.
-_REFUSED: tuple[tuple[bytes, str], ...] = (
-    (b"<VRTDataset", "a VRT, which can point at other files"),
-    (b"PK\x03\x04", "a ZIP archive"),
-    (b"\x1f\x8b", "a gzip archive"),
-    (b"\x89HDF", "an HDF5 or netCDF-4 file"),
-    (b"CDF", "a netCDF file"),
-    (b"NITF", "a NITF file"),
-    (b"GRIB", "a GRIB file"),
-    (b"%PDF", "a PDF"),
-)
-READABLE = "GeoTIFF or COG (GTiff), PNG, JPEG, JPEG 2000 (JP2OpenJPEG) and WebP (WEBP)"
 EXTENSIONS = frozenset({".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".j2k", ".webp"})
-MAX_BLOCK_BYTES = 512 * 2**20
-CACHE_BYTES = 128 * 2**20  # of decoded blocks; the only thing that could grow with the size of a file
-_GDAL_OPTIONS = {
-    "GDAL_CACHEMAX": CACHE_BYTES,
-    "GDAL_ERROR_ON_LIBJPEG_WARNING": True,  # else a truncated JPEG reads as grey
-    "CPL_VSIL_CURL_ALLOWED_EXTENSIONS": ".none",
-}
+
+Source = Path | RemoteImage
+
+
+class Stamp(NamedTuple):
+    """Tells one state of a file from another."""
+
+    modified_ns: int
+    size: int
+    identity: str  # device and inode, or the version that a web server gives
 
 
 class AccessPolicy:
-    """The folders that images may be read from.
+    """The folders, and the hosts on the web, that images may be read from.
 
     Args:
         roots: existing folders. Everything below them may be read; links out of them are refused.
+        hosts: names of hosts whose https addresses may be read, `HOST` or `HOST:PORT`; none by default.
+
+    Attributes:
+        remote: reads from those hosts.
 
     Raises:
-        AccessError: a root is not an existing folder.
+        AccessError: a root is not an existing folder, or a host is not a plain host name.
     """
 
-    def __init__(self, roots: Iterable[str | Path]) -> None:
+    def __init__(self, roots: Iterable[str | Path], hosts: Iterable[str] = ()) -> None:
         self.roots = tuple(_folder(root) for root in roots)
+        self.remote = RemoteFiles(hosts)
 
-    def resolve(self, image: str) -> Path:
-        """The real path of an image that may be read; a relative name is looked up in each root.
+    def resolve(self, image: str) -> Source:
+        """The real path of an image that may be read, or the state of an https address.
+
+        A relative name is looked up in each root.
 
         Raises:
-            AccessError: not a plain path, outside the roots, or no such file. The message names the roots only.
+            AccessError: not a plain path, outside the roots, no such file, or an address that is not allowed. The
+                message names the roots only.
+            ImageError: the server of an address does not answer as it must.
         """
+        if "://" in image:
+            return self.remote.resolve(image)
         _refuse_special(image)
         for candidate in self._candidates(image):
             if self._allows(candidate) and _is_file(candidate):
@@ -101,22 +90,57 @@ class AccessPolicy:
                         yield path
 
     @contextmanager
-    def open(self, path: Path) -> Iterator[DatasetReader]:
-        """Open a resolved path as a raster. Failures to read inside the `with` block are reported as ImageError too.
+    def open(self, source: Source) -> Iterator[DatasetReader]:
+        """Open a resolved image as a raster. Failures to read inside the `with` block are reported as ImageError too.
 
         Raises:
-            AccessError: the file, or a file that it draws on, lies outside the roots.
-            ImageError: not a readable raster; names the driver and the reason.
+            AccessError: the file, or a sidecar file of it, lies outside the roots.
+            ImageError: not a readable raster, or beyond a limit; names the driver and the reason.
         """
-        driver = _driver_of(path)
-        with rasterio.Env(session=DummySession(), **_GDAL_OPTIONS):
-            try:
-                with rasterio.open(path, driver=driver) as dataset:
-                    self._check_opened(path, dataset)
-                    _check_blocks(path, dataset)
-                    yield dataset
-            except (RasterioError, CRSError) as error:
-                raise ImageError(f"{path.name} cannot be read by {driver}: {_reason(error, path)}") from error
+        with self.file(source) as file, self.dataset(source, file) as dataset:
+            yield dataset
+
+    @contextmanager
+    def file(self, source: Source) -> Iterator[ByteSource]:
+        """The bytes of a resolved image.
+
+        Raises:
+            AccessError: the file lies outside the roots.
+            ImageError: it cannot be opened.
+        """
+        if isinstance(source, RemoteImage):
+            yield self.remote.file(source)
+            return
+        with self._local(source) as file:
+            yield file
+
+    @contextmanager
+    def dataset(self, source: Source, file: ByteSource) -> Iterator[DatasetReader]:
+        """As `open`, for a file that `file` opened. Images behind an address have no sidecar files."""
+        with ExitStack() as stack:
+            sidecars: dict[str, ByteSource] = {}
+            if isinstance(source, Path):
+                for ending, name in sidecar_names(source.name):
+                    if _is_file(beside := source.with_name(name)) and ending not in sidecars:
+                        sidecars[ending] = stack.enter_context(self._local(_real(beside)))
+            yield stack.enter_context(opened(file, sidecars))
+
+    @contextmanager
+    def _local(self, path: Path) -> Iterator[LocalFile]:
+        root = next((root for root in self.roots if path.is_relative_to(root)), None)
+        if root is None:
+            raise AccessError(f"The image draws on a file outside the allowed folders. {self._hint()}")
+        try:
+            descriptor = _open_below(root, path.relative_to(root).parts)
+        except OSError as error:
+            raise ImageError(f"{path.name} cannot be read: {error.strerror}.") from error
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageError(f"{path.name} is not a plain file.")
+            yield LocalFile(path.name, status.st_size, _stamp(status), descriptor)
+        finally:
+            os.close(descriptor)
 
     def _candidates(self, image: str) -> Iterator[Path]:
         for root in self.roots:
@@ -134,17 +158,55 @@ class AccessPolicy:
                 return [candidate]
         raise AccessError(f"{_shown(folder)} is not a folder inside the allowed folders. {self._hint()}")
 
-    def _check_opened(self, path: Path, dataset: DatasetReader) -> None:
-        # Asked first: listing the files would open the overview that this item names.
-        if "OVERVIEW_FILE" in dataset.tags(ns="OVERVIEWS"):
-            raise AccessError(f"{path.name} names another file as its overview, which is refused. {self._hint()}")
-        for name in dataset.files:
-            if not self._allows(_real(Path(name))):
-                raise AccessError(f"{path.name} draws on a file outside the allowed folders. {self._hint()}")
-
     def _hint(self) -> str:
         allowed = ", ".join(str(root) for root in self.roots) or "none"
         return f"Allowed folders: {allowed}. Use list_images to see what they hold."
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """An open file below a root."""
+
+    name: str
+    size: int
+    stamp: Stamp
+    descriptor: int
+
+    def read_at(self, offset: int, count: int) -> bytes:
+        return os.pread(self.descriptor, count, offset)
+
+
+def stamp_of(source: Source) -> Stamp:
+    """The present state of an image.
+
+    Raises:
+        ImageError: its file is gone.
+    """
+    if isinstance(source, RemoteImage):
+        return Stamp(0, source.size, source.version)
+    try:
+        return _stamp(source.stat())
+    except OSError as error:
+        raise ImageError(f"{source.name} cannot be read: {error.strerror}.") from error
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    return Stamp(status.st_mtime_ns, status.st_size, f"{status.st_dev}:{status.st_ino}")
+
+
+def _open_below(root: Path, parts: tuple[str, ...]) -> int:
+    """A descriptor of the file that `parts` lead to from `root`, none of them a link."""
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+    folder = os.open(root, flags | os.O_DIRECTORY)
+    try:
+        for part in parts[:-1]:
+            below = os.open(part, flags | os.O_DIRECTORY, dir_fd=folder)
+            os.close(folder)
+            folder = below
+        # O_NONBLOCK: a pipe that nobody writes to must not stop the process; it is refused as no plain file.
+        return os.open(parts[-1] if parts else ".", flags | os.O_NONBLOCK, dir_fd=folder)
+    finally:
+        os.close(folder)
 
 
 def _folder(root: str | Path) -> Path:
@@ -157,8 +219,6 @@ def _folder(root: str | Path) -> Path:
 def _refuse_special(name: str) -> None:
     if not name.strip() or "\0" in name:
         raise AccessError("An image is named by a path; this one is empty or holds a null byte.")
-    if "://" in name:
-        raise AccessError("URLs are not read; download the image into an allowed folder and give its path.")
     if name.lower().startswith("/vsi"):
         raise AccessError("GDAL's virtual paths (/vsi...) are refused; give the path of a plain file.")
     suffix = Path(name).suffix.lower()
@@ -178,55 +238,6 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:  # a name longer than the system allows is not the name of a file
         return False
-
-
-def _driver_of(path: Path) -> str:
-    """The one driver that may open this file, from its first bytes."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(512)
-    except OSError as error:
-        raise ImageError(f"{path.name} cannot be read: {error.strerror}.") from error
-    for signature, driver in _SIGNATURES:
-        if head.startswith(signature):
-            return driver
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "WEBP"
-    raise ImageError(f"{path.name} is {_looks_like(head)}. No allowed driver reads it; readable: {READABLE}.")
-
-
-def _looks_like(head: bytes) -> str:
-    if not head:
-        return "an empty file"
-    for signature, what in _REFUSED:
-        if head.lstrip().startswith(signature):
-            return what
-    printable = sum(32 <= byte < 127 or byte in b"\t\r\n" for byte in head)
-    return "a text file, not a raster" if printable == len(head) else "not a raster of a known format"
-
-
-def _check_blocks(path: Path, dataset: DatasetReader) -> None:
-    """A block is decoded whole, so one giant block would take the memory that windows are to save."""
-    height, width = dataset.block_shapes[0]
-    if height * width * pixel_bytes(dataset) > MAX_BLOCK_BYTES:
-        raise ImageError(
-            f"{path.name} is stored in blocks of {width}x{height} pixels, too large to decode in parts. "
-            "Rewrite it in tiles: gdal_translate -of COG."
-        )
-
-
-def pixel_bytes(dataset: DatasetReader) -> int:
-    """Bytes of one pixel with all its bands, which GDAL keeps together when it decodes a block."""
-    return sum(4 if dtype == "complex_int16" else np.dtype(dtype).itemsize for dtype in dataset.dtypes)
-
-
-def _reason(error: Exception, path: Path) -> str:
-    """The innermost reason, without the folders that GDAL puts before file names."""
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    text = str(getattr(cause, "errmsg", cause)).replace(f"{path.parent}{os.sep}", "").strip().rstrip(".")
-    return f"{text}. The file may be truncated or damaged."
 
 
 def _shown(name: str) -> str:

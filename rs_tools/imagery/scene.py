@@ -7,11 +7,10 @@ reader of many windows) opens the file anew under the access policy and refuses 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -21,8 +20,10 @@ from rasterio.windows import Window
 
 from rs_tools.errors import ImageError, RegionError
 from rs_tools.geometry.measures import Georeference
-from rs_tools.imagery.access import CACHE_BYTES, AccessPolicy, pixel_bytes
+from rs_tools.imagery.access import AccessPolicy, Source, Stamp, stamp_of
 from rs_tools.imagery.bands import BandChoice, BandInfo, choose_bands, guess_modality
+from rs_tools.imagery.formats import CACHE_BYTES, ByteSource, pixel_bytes
+from rs_tools.imagery.remote import RemoteFile
 from rs_tools.imagery.stretch import Stretch, fit_stretch
 from rs_tools.results import Modality
 
@@ -51,19 +52,12 @@ class ReadWindow(Protocol):
     def __call__(self, region: Region, out_size: tuple[int, int]) -> Pixels: ...
 
 
-class Stamp(NamedTuple):
-    """Tells one state of a file from another."""
-
-    modified_ns: int
-    size: int
-
-
 @dataclass(frozen=True)
 class Scene:
     """One raster image, with the bands and the stretch that it is shown in.
 
     Attributes:
-        path: the real path of the file.
+        source: the real path of the file, or the state of an https address; both have a `name`.
         width, height: pixels.
         bands: every band as the file declares it.
         nodata: value of missing pixels in the first shown band, or None.
@@ -73,11 +67,12 @@ class Scene:
         stretch: how their values become 8 bits; one for the whole scene.
         modality, modality_reason: best guess of the kind of measurement.
         digest: SHA-256 over the file's size and content; of a file above 4 MiB over 64 evenly spaced pieces of 64 KiB,
-            first and last included. Sidecar files do not count.
+            first and last included; behind an address over its size, version and first 64 KiB. Sidecar files do not
+            count.
         warnings: what a user of any answer about this scene should know.
     """
 
-    path: Path
+    source: Source
     width: int
     height: int
     bands: tuple[BandInfo, ...]
@@ -107,17 +102,17 @@ class Scene:
             ImageError: it is not a raster, damaged, or too awkwardly stored.
             InputError: `bands` does not fit the image.
         """
-        path = policy.resolve(image)
-        stamp = stamp_of(path)
-        with policy.open(path) as dataset:
+        source = policy.resolve(image)
+        stamp = stamp_of(source)
+        with policy.file(source) as file, policy.dataset(source, file) as dataset:
             infos = _band_infos(dataset)
             choice = choose_bands(infos, bands)
             stretch, sample = _stretch(dataset, choice)
-            modality, reason = guess_modality(infos, choice, path.stem, sample)
+            modality, reason = guess_modality(infos, choice, PurePath(source.name).stem, sample)
             crs_wkt = dataset.crs.to_wkt() if dataset.crs else None
             georeference = crs_wkt and Georeference.of(crs_wkt, dataset.transform, dataset.width, dataset.height)
             return cls(
-                path=path,
+                source=source,
                 width=dataset.width,
                 height=dataset.height,
                 bands=infos,
@@ -128,7 +123,7 @@ class Scene:
                 stretch=stretch,
                 modality=modality,
                 modality_reason=reason,
-                digest=_digest(path),
+                digest=_digest(file, stamp),
                 warnings=tuple(_warnings(dataset, choice, georeference or None)),
                 _policy=policy,
                 _stamp=stamp,
@@ -183,12 +178,12 @@ class Scene:
             return self._shown(*_read(dataset, self.choice, _window(x1, y1, x2 - x1, y2 - y1), out_size))
 
         self._check_unchanged()
-        with self._policy.open(self.path) as dataset:
+        with self._policy.open(self.source) as dataset:
             yield read
 
     def _check_unchanged(self) -> None:
-        if stamp_of(self.path) != self._stamp:
-            raise ImageError(f"{self.path.name} changed while it was in use; ask again.")
+        if stamp_of(self.source) != self._stamp:
+            raise ImageError(f"{self.source.name} changed while it was in use; ask again.")
 
     def _shown(self, values: np.ndarray, valid: np.ndarray) -> Pixels:
         rgb = self.stretch.apply(values)
@@ -334,23 +329,13 @@ def _warnings(dataset: DatasetReader, choice: BandChoice, georeference: Georefer
         yield "The coordinate reference system or transform gives no place on Earth: answers are in pixels."
 
 
-def stamp_of(path: Path) -> Stamp:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise ImageError(f"{path.name} cannot be read: {error.strerror}.") from error
-    return Stamp(status.st_mtime_ns, status.st_size)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        digest.update(size.to_bytes(8, "little"))
-        if size <= _DIGEST_CHUNK * _DIGEST_CHUNKS:
-            digest.update(file.read())
-        else:
-            for i in range(_DIGEST_CHUNKS):
-                file.seek((size - _DIGEST_CHUNK) * i // (_DIGEST_CHUNKS - 1))
-                digest.update(file.read(_DIGEST_CHUNK))
+def _digest(file: ByteSource, stamp: Stamp) -> str:
+    digest = hashlib.sha256(file.size.to_bytes(8, "little"))
+    if isinstance(file, RemoteFile):
+        digest.update(stamp.identity.encode() + file.read_at(0, _DIGEST_CHUNK))
+    elif file.size <= _DIGEST_CHUNK * _DIGEST_CHUNKS:
+        digest.update(file.read_at(0, file.size))
+    else:
+        for i in range(_DIGEST_CHUNKS):
+            digest.update(file.read_at((file.size - _DIGEST_CHUNK) * i // (_DIGEST_CHUNKS - 1), _DIGEST_CHUNK))
     return f"sha256:{digest.hexdigest()}"

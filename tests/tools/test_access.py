@@ -11,7 +11,8 @@ import rasterio
 from rasters import noise, opened, whole, write
 
 from rs_tools.errors import AccessError, ImageError
-from rs_tools.imagery.access import MAX_BLOCK_BYTES, AccessPolicy
+from rs_tools.imagery.access import AccessPolicy
+from rs_tools.imagery.formats import MAX_BLOCK_BYTES
 
 
 @pytest.fixture
