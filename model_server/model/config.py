@@ -86,6 +86,49 @@ class FusionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModulationConfig:
+    """Token-wise linear modulation (TLM) from anchored embeddings; `sigma` in patches, `merge` patches a side share a
+    token. The other three have a sound form by default and that of FUSAR-GPT's published code:
+
+    `normalise`: weights sum to one "once", or "twice" with masked anchors counted in the first sum.
+    `span`: positions 0..1 reach from "edges" to edges, or between the "centres" of the outermost patches.
+    `resize`: a token takes the "mean" of its patches, or from a "square" resampling that fits square images only.
+    """
+
+    vector_width: int = 64
+    sigma: float = 2.0
+    hidden_mult: int = 4
+    merge: int = 2
+    normalise: str = "once"
+    span: str = "edges"
+    resize: str = "mean"
+
+    def __post_init__(self) -> None:
+        if self.sigma <= 0:
+            raise ValueError(f"sigma must be positive; got {self.sigma}")
+        allowed = {"normalise": ("once", "twice"), "span": ("edges", "centres"), "resize": ("mean", "square")}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be one of {values}; got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig:
+    """The dense branch: boxes, masks and change from a pyramid of its own over the backbone's first blocks.
+
+    The first `shared` blocks are the backbone's and stay as they are; the branch has its own copy of the others.
+    `width` and `change_width` are channels of the two top-down paths, `query` those that meet a phrase.
+    """
+
+    shared: int = 7
+    width: int = 96
+    tower: int = 64
+    query: int = 64
+    change_width: int = 64
+    groups: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
 class ViTConfig:
     """A vision transformer. `style` is "clip" (class token, a norm before the first layer, patches without bias) or
     "siglip" (none of these); `act` is "gelu", "gelu_tanh" or "quick_gelu". `layers` counts those that are run."""
@@ -168,7 +211,8 @@ class ModelConfig:
     """The whole model. `labels` are the scenes it has learned by name, `merged_labels` pairs
     a label with its near-synonym that stands for both in the default taxonomy; `objects` are those of the presence
     head, `concepts` the number of caption words it foresees.
-    `views` turned views share one pooled vector at inference (1 to 4)."""
+    `views` turned views share one pooled vector at inference (1 to 4). `dense`: the branch for boxes, masks and change;
+    None = it has none."""
 
     name: str = "nano"
     image_size: int = 256
@@ -182,6 +226,7 @@ class ModelConfig:
     merged_labels: tuple[tuple[str, str], ...] = ()
     objects: tuple[str, ...] = ()
     concepts: int = 800
+    dense: DenseConfig | None = None
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -196,6 +241,7 @@ _PARTS = {
     "sentence": SentenceConfig,
     "decoder": DecoderConfig,
     "fusion": FusionConfig,
+    "dense": DenseConfig,
 }
 
 
@@ -203,13 +249,14 @@ def _build(cls: type[ModelConfig], raw: Mapping[str, Any]) -> ModelConfig:
     def freeze(value: Any) -> Any:
         return tuple(freeze(v) for v in value) if isinstance(value, list) else value
 
-    parts = {k: _PARTS[k](**{n: freeze(v) for n, v in raw[k].items()}) for k in _PARTS if k in raw}
+    parts = {k: _PARTS[k](**{n: freeze(v) for n, v in raw[k].items()}) for k in _PARTS if raw.get(k)}
     return cls(**{**{k: freeze(v) for k, v in raw.items() if k not in _PARTS}, **parts})
 
 
 def nano() -> ModelConfig:
     """The embedded default: EfficientNet-Lite2, MiniLM-L6, a decoder of 4 layers."""
     return ModelConfig(
+        dense=DenseConfig(),
         merged_labels=(
             ("agricultural", "farmland"),
             ("baseball field", "baseball diamond"),
@@ -237,6 +284,7 @@ def debug() -> ModelConfig:
         labels=("farmland", "forest", "harbor", "river"),
         objects=("cars", "ship", "trees", "water"),
         concepts=16,
+        dense=DenseConfig(shared=2, width=16, tower=16, query=8, change_width=16, groups=4),
     )
 
 
