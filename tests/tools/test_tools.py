@@ -15,7 +15,8 @@ from rasters import BUNDLED, UTM, ScriptedClient, noise, scripted_answer, write
 
 from model_server.protocol import MAX_LABEL_LENGTH, MAX_LABELS, MAX_TEXT, PerceiveRequest, PerceiveResponse
 from rs_tools.errors import AccessError, ImageError, InputError, RegionError, ServerBusy, ServerError
-from rs_tools.imagery.access import AccessPolicy
+from rs_tools.imagery.access import AccessPolicy, Source
+from rs_tools.imagery.formats import ByteSource
 from rs_tools.tools import MAX_LISTED, Tools
 
 
@@ -72,6 +73,8 @@ async def test_an_answer_says_what_it_was_made_with(tools: Tools) -> None:
         "tile_width": 40,
         "tile_height": 60,
         "decimation": 1,
+        "overlap": 0,
+        "overview": False,
     }
     assert made.elapsed_s > 0
     assert answer.warnings == ["the model has something to say"]
@@ -293,9 +296,9 @@ async def test_rasters_are_read_off_the_event_loop_and_a_known_scene_is_not_desc
 
     class Watched(AccessPolicy):
         @contextmanager
-        def open(self, path: Path) -> Iterator[DatasetReader]:
+        def dataset(self, source: Source, file: ByteSource) -> Iterator[DatasetReader]:
             threads.append(threading.current_thread())
-            with super().open(path) as dataset:
+            with super().dataset(source, file) as dataset:
                 yield dataset
 
     watched = Tools(Watched([tmp_path]), client)
