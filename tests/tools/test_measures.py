@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
+import shapely
 from affine import Affine
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyproj import CRS
+from pyproj import CRS, Transformer
 
-from rs_tools.geometry.measures import Georeference
+from rs_tools.geometry.measures import Georeference, MaskTotals, TileFrame, geodesic_area_m2
 
 
 def georeference(epsg: int, transform: Affine, size: tuple[int, int] = (100, 80)) -> Georeference:
@@ -28,6 +31,13 @@ transforms = st.builds(
     east=st.floats(300_000, 700_000),
     north=st.floats(500_000, 8_000_000),
 )
+sheared = st.builds(
+    lambda a, b, d, e, c, f: Affine(a, b, c, d, e, f),
+    *[st.floats(-1, 1)] * 4,
+    c=st.floats(300_000, 700_000),
+    f=st.floats(500_000, 8_000_000),
+).filter(lambda transform: abs(transform.determinant) > 0.05)
+pixel_sides = st.sampled_from([0.001, 0.05, 1, 30, 1000])  # metres
 positions = st.lists(st.tuples(st.floats(0, 100), st.floats(0, 80)), min_size=1, max_size=5).map(np.array)
 
 
@@ -38,13 +48,42 @@ def test_pixels_come_back_from_lonlat_for_rotated_and_bottom_up_rasters(transfor
     np.testing.assert_allclose(place.pixels(place.lonlat(xy)), xy, atol=1e-3)
 
 
+@settings(deadline=None, max_examples=60)
+@given(transform=sheared, side=pixel_sides, xy=positions)
+def test_pixels_come_back_under_any_affine_and_pixel_size(transform: Affine, side: float, xy: np.ndarray) -> None:
+    a, b, c, d, e, f = transform[:6]
+    place = georeference(32633, Affine(a * side, b * side, c, d * side, e * side, f))
+    np.testing.assert_allclose(place.pixels(place.lonlat(xy)), xy, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    x1=st.integers(0, 30_000),
+    y1=st.integers(0, 30_000),
+    width=st.integers(1, 4096),
+    height=st.integers(1, 4096),
+    decimation=st.floats(1, 16),
+    share=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+def test_tile_positions_come_back_from_the_scene_and_corners_meet(
+    x1: int, y1: int, width: int, height: int, decimation: float, share: tuple[float, float]
+) -> None:
+    size = max(1, round(width / decimation)), max(1, round(height / decimation))
+    frame = TileFrame((x1, y1, x1 + width, y1 + height), size)
+    xy = np.array([[share[0] * size[0], share[1] * size[1]], [0, 0], size])
+    scene = frame.to_scene(xy)
+    np.testing.assert_allclose(frame.to_tile(scene), xy, atol=1e-6)
+    np.testing.assert_allclose(scene[1:], [frame.region[:2], frame.region[2:]])
+
+
 @settings(deadline=None, max_examples=40)
 @given(transform=transforms)
 def test_a_ring_is_closed_counterclockwise_and_inside_the_bounds(transform: Affine) -> None:
     place = georeference(32633, transform)
     ring = place.ring([10, 20, 30, 60])
+    assert ring is not None
     assert ring[0] == ring[-1]
-    assert len(ring) == 5
+    assert len(ring) >= 5
     lon, lat = np.array(ring).T - np.array([ring[0]]).T
     assert np.sum(lon[:-1] * lat[1:] - lon[1:] * lat[:-1]) > 0
     bounds = place.bounds(100, 80)
@@ -92,7 +131,9 @@ def test_bounds_across_the_antimeridian_have_west_greater_than_east_and_the_ring
         west, _, east, _ = bounds
         assert west > 170
         assert east < -170
-        longitudes = [lon for lon, _ in raster.ring([0, 0, 200, 100])]
+        ring = raster.ring([0, 0, 200, 100])
+        assert ring is not None
+        longitudes = [lon for lon, _ in ring]
         assert np.ptp(longitudes) < 10
 
 
@@ -107,6 +148,155 @@ def test_a_raster_around_the_pole_spans_all_longitudes_up_to_it() -> None:
 def test_a_raster_of_the_whole_world_spans_it() -> None:
     place = georeference(4326, Affine(0.5, 0, -180, 0, -0.5, 90), (720, 360))
     assert place.bounds(720, 360) == [-180.0, -90.0, 180.0, 90.0]
+
+
+FEET = 0.3048006096012192  # US survey
+LOCAL = """LOCAL_CS["site grid",UNIT["metre",1],AXIS["X",EAST],AXIS["Y",NORTH]]"""
+ROTATED_POLE = "+proj=ob_tran +o_proj=longlat +o_lat_p=39.25 +o_lon_p=0 +lon_0=18 +to_meter=0.0174532925199433"
+
+
+def test_feet_become_metres() -> None:
+    place = georeference(2263, Affine(2, 0, 980_000, 0, -2, 200_000))  # New York, US survey feet
+    assert place.gsd_m(100, 80) == pytest.approx(2 * FEET, rel=1e-3)
+
+
+def test_a_projection_without_a_code_places_and_measures() -> None:
+    wkt = CRS.from_proj4(ROTATED_POLE).to_wkt()
+    place = Georeference.of(wkt, Affine(0.02, 0, -5, 0, -0.02, 5), 100, 80)
+    assert place is not None
+    assert place.epsg is None
+    assert place.gsd_m(100, 80) == pytest.approx(0.02 * 111_200, rel=0.01)
+
+
+def test_a_local_grid_has_no_place_on_earth() -> None:
+    assert Georeference.of(LOCAL, Affine(1, 0, 100, 0, -1, 100), 10, 10) is None
+
+
+def test_a_straight_edge_keeps_four_corners_and_a_curved_one_gets_points_until_it_fits() -> None:
+    near = georeference(32633, Affine(0.5, 0, 400_000, 0, -0.5, 5_000_000))
+    ring = near.ring([0, 0, 100, 80])
+    assert ring is not None
+    assert len(ring) == 5
+    wide = georeference(5070, Affine(10_000, 0, -2_000_000, 0, -10_000, 3_000_000), (400, 200))
+    ring = wide.ring([0, 0, 400, 200])
+    assert ring is not None
+    assert 8 < len(ring) < 50
+    ends = np.array(ring)
+    between = wide.pixels((ends[:-1] + ends[1:]) / 2)
+    gaps = [shapely.box(0, 0, 400, 200).exterior.distance(shapely.Point(*one)) for one in between]
+    assert max(gaps) < 0.006 * np.hypot(400, 200)
+
+
+@pytest.mark.parametrize(("epsg", "pole"), [(3413, 90.0), (3031, -90.0)])
+def test_a_ring_around_a_pole_is_closed_along_it(epsg: int, pole: float) -> None:
+    place = georeference(epsg, Affine(10_000, 0, -1_000_000, 0, -10_000, 1_000_000), (200, 200))
+    ring = place.ring([50, 60, 150, 140])
+    assert ring is not None
+    assert ring[0] == ring[-1]
+    lon, lat = np.array(ring).T
+    assert np.ptp(lon) == pytest.approx(360)
+    assert pole in lat
+    assert np.abs(lat).min() > 80
+
+
+def test_a_ring_off_the_projection_is_none() -> None:
+    place = georeference(3035, Affine(100_000, 0, -20_000_000, 0, -100_000, 23_000_000), (480, 400))
+    assert place.ring([0, 0, 10, 10]) is None
+    assert place.ring([240, 190, 250, 200]) is not None
+
+
+def test_rings_of_many_boxes_equal_the_rings_of_each() -> None:
+    place = georeference(32633, Affine(7, 3, 400_000, 2, -8, 5_000_000))
+    boxes = np.array([[0, 0, 10, 10], [20, 5, 90, 70], [3.5, 2.25, 4, 3]])
+    assert place.rings(boxes) == [place.ring(box.tolist()) for box in boxes]
+    assert place.rings(np.empty((0, 4))) == []
+
+
+def zone_area(west: float, south: float, east: float, north: float) -> float:
+    """Square metres between two meridians and two parallels, in closed form (Snyder 1987, equation 3-12)."""
+    a, e = 6378137.0, 0.0818191908426215
+
+    def q(lat: float) -> float:
+        s = np.sin(np.radians(lat))
+        return (1 - e**2) * (s / (1 - (e * s) ** 2) - np.log((1 - e * s) / (1 + e * s)) / (2 * e))
+
+    return a**2 / 2 * np.radians(east - west) * (q(north) - q(south))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    west=st.floats(-180, 140),
+    south=st.floats(-85, 60),
+    width=st.floats(1e-4, 40),
+    height=st.floats(1e-4, 25),
+)
+def test_the_area_between_meridians_and_parallels_is_the_closed_form(
+    west: float, south: float, width: float, height: float
+) -> None:
+    place = georeference(4326, Affine(width / 100, 0, west, 0, -height / 80, south + height))
+    ring = np.array([[0, 0], [100, 0], [100, 80], [0, 80], [0, 0]], float)
+    [curve] = place.curves([ring], 0.01)
+    assert curve is not None
+    exact = zone_area(west, south, west + width, south + height)
+    assert geodesic_area_m2([curve]) == pytest.approx(exact, rel=1e-3)
+    totals = MaskTotals((0, 0, 100, 80), place)
+    totals.add(0, np.ones((80, 100), np.uint8))
+    assert totals.area_m2(1) == pytest.approx(exact, rel=1e-3)
+
+
+@pytest.mark.parametrize("epsg", [32633, 3857, 3413, 5070, 2263])
+def test_areas_agree_with_an_equal_area_projection(epsg: int) -> None:
+    centre = {32633: (400_000, 5_900_000), 3857: (1_000_000, 8_400_000), 3413: (300_000, -500_000)}
+    east, north = {**centre, 5070: (100_000, 1_900_000), 2263: (980_000, 200_000)}[epsg]
+    place = georeference(epsg, Affine(90, 40, east, 30, -100, north))
+    triangle = np.array([[10, 5], [95, 40], [30, 75], [10, 5]], float)
+    [curve] = place.curves([triangle], 0.01)
+    assert curve is not None
+    lon, lat = curve[:, 0].mean(), curve[:, 1].mean()
+    equal_area = Transformer.from_crs("EPSG:4326", f"+proj=laea +lon_0={lon} +lat_0={lat}", always_xy=True)
+    fine = np.concatenate([np.linspace(a, b, 50) for a, b in pairwise(triangle)])
+    x, y = equal_area.transform(*place.lonlat(fine).T)
+    shoelace = abs(np.sum(x[:-1] * y[1:] - x[1:] * y[:-1])) / 2
+    assert geodesic_area_m2([curve]) == pytest.approx(shoelace, rel=1e-3)
+
+
+def test_a_mask_of_degrees_is_measured_row_by_row() -> None:
+    place = georeference(4326, Affine(0.5, 0, -180, 0, -0.5, 90), (720, 360))
+    mask = np.ones((360, 720), np.uint8)
+    mask[:60] = 2  # north of 60 degrees
+    mask[350:] = 255
+    totals = MaskTotals((0, 0, 720, 360), place)
+    for top in range(0, 360, 50):
+        totals.add(top, mask[top : top + 50])
+    assert totals.pixels[[1, 2, 255]].tolist() == [290 * 720, 60 * 720, 10 * 720]
+    assert totals.area_m2(1) == pytest.approx(zone_area(-180, -85, 180, 60), rel=1e-3)
+    assert totals.area_m2(2) == pytest.approx(zone_area(-180, 60, 180, 90), rel=1e-3)
+    assert totals.area_m2(3) == 0
+
+
+def test_a_mask_around_the_pole_is_measured_without_a_hole_in_it() -> None:
+    place = georeference(3413, Affine(5_000, 0, -500_000, 0, -5_000, 500_000), (200, 200))
+    totals = MaskTotals((0, 0, 200, 200), place)
+    totals.add(0, np.ones((200, 200), np.uint8))
+    ring = np.array([[0, 0], [200, 0], [200, 200], [0, 200], [0, 0]], float)
+    [curve] = place.curves([ring], 0.01)
+    assert curve is not None
+    assert totals.area_m2(1) == pytest.approx(geodesic_area_m2([curve]), rel=1e-3)
+
+
+def test_a_class_that_reaches_off_the_map_or_has_no_map_has_no_area() -> None:
+    place = georeference(3035, Affine(100_000, 0, -20_000_000, 0, -100_000, 23_000_000), (480, 400))
+    totals = MaskTotals((0, 0, 480, 400), place)
+    mask = np.zeros((400, 480), np.uint8)
+    mask[:10, :10] = 1
+    mask[190:200, 240:250] = 2
+    totals.add(0, mask)
+    assert totals.area_m2(1) is None
+    assert totals.area_m2(2) is not None
+    nowhere = MaskTotals((0, 0, 480, 400), None)
+    nowhere.add(0, mask)
+    assert nowhere.pixels[2] == 100
+    assert nowhere.area_m2(2) is None
 
 
 @pytest.mark.parametrize("transform", [Affine.identity(), Affine(0, 0, 5, 0, 0, 5)])
