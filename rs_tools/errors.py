@@ -35,3 +35,7 @@ class ServerBusy(PerceptionError):
 
 class ServerError(PerceptionError):
     """The model server refused the request or failed on it."""
+
+
+class DeadlinePassed(PerceptionError):
+    """The time for one call is over; the message says what was found until then. The rest of the work is cancelled."""

@@ -244,7 +244,7 @@ def reduce_captions(looks: Sequence[Look[TileCaption]], detail: Literal["short",
     """The overview's caption, and after it what parts show that has not been said, with their place.
 
     Parts are taken in the order of what their first sentence adds: content words not said so far, times confidence. A
-    part of whose words half have been said is not mentioned. The confidence is the mean over the captions that were used.
+    part of whose words half have been said is not mentioned. The confidence is the mean over the captions used.
     """
     if len(looks) == 1:
         return Described(looks[0].answer.caption, looks[0].answer.confidence, [])

@@ -45,6 +45,8 @@ class TileGrid(Model):
     tile_width: int = Field(description="width in pixels of a tile as the model saw it")
     tile_height: int = Field(description="height in pixels of a tile as the model saw it")
     decimation: float = Field(description="image pixels per tile pixel; 1 = full resolution")
+    overlap: int = Field(default=0, description="image pixels that neighbouring tiles share at least")
+    overview: bool = Field(default=False, description="whether the region was also looked at in one piece, reduced")
 
 
 class Provenance(Model):
@@ -148,7 +150,7 @@ class VqaResult(Result):
     confidence: float = Field(ge=0, le=1, description="calibrated confidence of the answer")
     abstained: bool = Field(description="true: the answer is not certain enough to be relied on")
     alternatives: list[Alternative] = Field(description="other answers, likeliest first")
-    evidence: list[Evidence] = Field(description="the parts of the image that the answer rests on")
+    evidence: list[Evidence] = Field(description="parts of the image that the answer rests on, the most telling first")
 
 
 class ClassScore(Model):
@@ -156,7 +158,17 @@ class ClassScore(Model):
     score: float = Field(ge=0, le=1, description="calibrated probability among the given classes")
 
 
+class ClassPart(Model):
+    region: list[int] = Field(description="[x1, y1, x2, y2] in image pixels")
+    label: str = Field(description="likeliest class of this part alone")
+    score: float = Field(ge=0, le=1, description="its calibrated probability among the given classes")
+
+
 class ClassifyResult(Result):
     label: str = Field(description="the likeliest class; empty where there was nothing to see")
     score: float = Field(ge=0, le=1, description="its calibrated probability among the given classes")
     top: list[ClassScore] = Field(description="the likeliest classes, best first")
+    parts: list[ClassPart] = Field(
+        default_factory=list,
+        description="what it was reduced from, the look at the whole first; empty where one look sufficed",
+    )

@@ -7,19 +7,21 @@ from functools import singledispatch
 from rs_tools.results import CaptionResult, ClassifyResult, InspectResult, ListResult, Result, VqaResult
 
 LISTED_IMAGES = 30
+_SHOWN_EVIDENCE = 3
 
 
 def summarize(result: Result) -> str:
     """The answer in one to a few lines, its warnings after it, a line each."""
-    return "\n".join([_headline(result), *(f"Warning: {warning}" for warning in result.warnings)])
+    return "\n".join([headline(result), *(f"Warning: {warning}" for warning in result.warnings)])
 
 
 @singledispatch
-def _headline(result: Result) -> str:
+def headline(result: Result) -> str:
+    """The answer without its warnings."""
     raise TypeError(f"no summary is written for {type(result).__name__}")
 
 
-@_headline.register
+@headline.register
 def _(result: InspectResult) -> str:
     bands = "1 band" if result.band_count == 1 else f"{result.band_count} bands"
     lines = [f"{result.width} x {result.height} pixels, {bands} of {result.dtype}, {result.modality}."]
@@ -33,7 +35,7 @@ def _(result: InspectResult) -> str:
     return "\n".join(lines)
 
 
-@_headline.register
+@headline.register
 def _(result: ListResult) -> str:
     if not result.images:
         return f"No image found. Images may be read from: {', '.join(result.roots)}."
@@ -48,29 +50,33 @@ def _(result: ListResult) -> str:
     return "\n".join(lines)
 
 
-@_headline.register
+@headline.register
 def _(result: CaptionResult) -> str:
     looked = f", reduced from {len(result.parts)} parts" if result.parts else ""
     return f"{result.caption} (confidence {result.confidence:.2f}{looked})"
 
 
-@_headline.register
+@headline.register
 def _(result: VqaResult) -> str:
     said = f"{result.answer} (confidence {result.confidence:.2f})"
     if result.abstained:
         said = f"Not certain enough to rely on: {said}"
+    if len(result.evidence) > 1:
+        regions = ", ".join(str(one.region) for one in result.evidence[:_SHOWN_EVIDENCE])
+        said += f"; it rests most on {regions}"
     if result.alternatives:
         others = ", ".join(f"{other.answer} {other.confidence:.2f}" for other in result.alternatives)
         said += f"; other answers: {others}"
     return said
 
 
-@_headline.register
+@headline.register
 def _(result: ClassifyResult) -> str:
     if not result.label:
         return "No class: there is nothing to see in this region."
     others = ", ".join(f"{other.label} {other.score:.2f}" for other in result.top[1:])
-    return f"{result.label} (probability {result.score:.2f})" + (f"; then {others}" if others else "")
+    looked = f", from {len(result.parts)} looks" if result.parts else ""
+    return f"{result.label} (probability {result.score:.2f}{looked})" + (f"; then {others}" if others else "")
 
 
 def _metres(value: float) -> str:

@@ -3,8 +3,9 @@
 The model works on `MODEL_SIDE` pixels and was trained on imagery of 0.3 to 10 m per pixel. So:
 
 - A region of at most `TILE_SIDE` pixels a side is one look.
-- A question about the whole (what kind of scene, a caption) gets an overview of it, and parts at a middle scale, the
-  geometric mean between the overview's and the finest: about as many parts as the region has model sides.
+- A question about the whole (what kind of scene, a caption) gets an overview of it and, where that is larger than
+  `WHOLE_SIDE`, parts at a middle scale, the geometric mean between the overview's and the finest: about as many parts
+  as the region has model sides.
 - A question about details (is there a ..., how many ...) gets tiles at the finest scale.
 - The finest scale is the image's own, but not finer than `FINEST_GSD_M`, which shows the model less than it knows.
 
@@ -21,6 +22,7 @@ from rs_tools.imagery.scene import Region
 
 MODEL_SIDE = 256
 TILE_SIDE = 512
+WHOLE_SIDE = 1024
 FINEST_GSD_M = 0.3
 MAX_PARTS = 64
 MAX_TILES = 400
@@ -120,7 +122,7 @@ def look_once(region: Region) -> Looks:
 
 def look_at_whole(region: Region, gsd_m: float | None) -> Looks:
     """An overview and a partition into parts at a middle scale; `gsd_m` is the scene's metres per pixel, or None."""
-    if _fits_one_look(region):
+    if _within(region, WHOLE_SIDE):
         return look_once(region)
     x1, y1, x2, y2 = region
     overview = math.sqrt((x2 - x1) * (y2 - y1)) / MODEL_SIDE
@@ -131,7 +133,7 @@ def look_at_whole(region: Region, gsd_m: float | None) -> Looks:
 
 def look_closely(region: Region, gsd_m: float | None, *, overview: bool, overlap: int) -> Looks:
     """Tiles at the finest scale, after an overview if asked; `overlap` as in `tile_grid`."""
-    if _fits_one_look(region):
+    if _within(region, TILE_SIDE):
         return look_once(region)
     return _bounded(region, overview=overview, overlap=overlap, decimation=_finest(gsd_m), most=MAX_TILES)
 
@@ -177,6 +179,6 @@ def _finest(gsd_m: float | None) -> float:
     return max(1.0, FINEST_GSD_M / gsd_m) if gsd_m else 1.0
 
 
-def _fits_one_look(region: Region) -> bool:
+def _within(region: Region, side: int) -> bool:
     x1, y1, x2, y2 = region
-    return max(x2 - x1, y2 - y1) <= TILE_SIDE
+    return max(x2 - x1, y2 - y1) <= side

@@ -55,7 +55,7 @@ def test_schemas_are_closed_described_and_hold_no_references(model: type[Result]
         (ListResult, "images roots truncated"),
         (CaptionResult, "caption parts confidence"),
         (VqaResult, "answer kind confidence abstained alternatives evidence"),
-        (ClassifyResult, "label score top"),
+        (ClassifyResult, "label score top parts"),
     ],
 )
 def test_results_have_exactly_the_agreed_fields(model: type[Result], fields: str) -> None:

@@ -17,6 +17,7 @@ from rs_tools.imagery.tiling import (
     MODEL_SIDE,
     OVERLAP,
     TILE_SIDE,
+    WHOLE_SIDE,
     Looks,
     look_at_whole,
     look_closely,
@@ -130,6 +131,12 @@ def test_a_very_fine_image_is_shown_no_finer_than_the_model_knows() -> None:
     looks = look_closely((0, 0, 6000, 6000), 0.1, overview=False, overlap=0)
     assert looks.finest.decimation == pytest.approx(FINEST_GSD_M / 0.1)
     assert look_closely((0, 0, 700, 700), 0.1, overview=True, overlap=0) == look_once((0, 0, 700, 700))
+
+
+def test_a_caption_of_a_middling_region_needs_no_parts() -> None:
+    region = (0, 0, WHOLE_SIDE, 900)
+    assert look_at_whole(region, None) == look_once(region)
+    assert look_at_whole((0, 0, WHOLE_SIDE + 1, 900), None).parts is not None
 
 
 def test_beyond_the_budget_tiles_become_coarser_and_the_plan_says_so() -> None:

@@ -123,12 +123,12 @@ async def test_the_model_sees_the_region_with_its_missing_pixels_in_the_mean_col
     assert not any("holds data" in warning for warning in answer.warnings)
 
 
-async def test_a_large_region_is_reduced_and_the_answer_warns(
+async def test_what_only_one_look_at_everything_can_tell_is_told_from_a_reduced_one_and_warns(
     tools: Tools, client: ScriptedClient, tmp_path: Path
 ) -> None:
     write(tmp_path / "large.tif", noise(3, 1100, 2560), photometric="RGB")
-    answer = await tools.caption("large.tif")
-    assert client.tiles[0].shape == (220, 512, 3)
+    answer = await tools.vqa("large.tif", "Are there more ships than cars?")
+    assert [tile.shape for tile in client.tiles] == [(220, 512, 3)]
     assert any("reduced 5.0-fold" in warning for warning in answer.warnings)
     assert answer.provenance.tile_grid is not None
     assert answer.provenance.tile_grid.decimation == 5
@@ -138,6 +138,7 @@ async def test_a_sliver_of_a_region_still_has_a_pixel(tools: Tools, client: Scri
     write(tmp_path / "sliver.tif", noise(3, 2, 4000), photometric="RGB")
     await tools.caption("sliver.tif", [0, 0, 4000, 1])
     assert client.tiles[0].shape == (1, 512, 3)
+    assert {tile.shape[0] for tile in client.tiles} == {1}
 
 
 async def test_explicit_bands_are_what_the_model_sees(tools: Tools, client: ScriptedClient, tmp_path: Path) -> None:

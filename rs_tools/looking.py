@@ -1,0 +1,208 @@
+"""A scene's looks, streamed through the model: read in a thread, asked in batches, answers kept and pixels dropped.
+
+One batch is read while the model answers the one before, so that no more than two are held however large the scene.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from rs_tools.errors import ServerBusy
+from rs_tools.imagery.scene import Pixels, Region, Scene
+from rs_tools.imagery.tiling import Looks
+from rs_tools.reduction import Look
+
+# The engine's own largest batch; benchmarks/scene.py prints what other sizes cost.
+BATCH = 16
+_EMPTY_PER_BATCH = 64  # tiles without data are not asked about, but they take time to read: report them too
+
+Progress = Callable[[int, int, str], Awaitable[None] | None]
+"""Told how many looks are done, of how many, and that in words; plain or async. The first call is at 0."""
+
+_A = TypeVar("_A")
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A tile as it was read. `pixels` is None where it holds no data; `color` is its one colour, None: several."""
+
+    region: Region
+    overview: bool
+    pixels: np.ndarray | None
+    valid: float
+    color: tuple[int, ...] | None
+
+
+@dataclass
+class Seen(Generic[_A]):
+    """What the looks showed, those without data left out.
+
+    Attributes:
+        total: looks planned.
+        done: looks that were read and answered, or hold no data.
+        valid: share of the pixels that hold data, in what was looked at.
+        one_color: all these pixels are of one colour.
+    """
+
+    total: int
+    done: int = 0
+    _tiles: list[_Tile] = field(default_factory=list)
+    _answers: list[_A | None] = field(default_factory=list)
+
+    def add(self, tiles: Sequence[_Tile], answers: Sequence[_A]) -> None:
+        """Take in a batch; `answers` are those to its tiles with data, in order. Pixels are dropped."""
+        given = iter(answers)
+        for tile in tiles:
+            self._answers.append(next(given) if tile.pixels is not None else None)
+            self._tiles.append(_Tile(tile.region, tile.overview, None, tile.valid, tile.color))
+        self.done += len(tiles)
+
+    @property
+    def looks(self) -> list[Look[_A]]:
+        weights = [0.0 if tile.overview else tile.valid * _area(tile.region) for tile in self._tiles]
+        total = sum(weights)
+        return [
+            Look(tile.region, answer, 1.0 if tile.overview else weight / total, tile.overview)
+            for tile, answer, weight in zip(self._tiles, self._answers, weights, strict=True)
+            if answer is not None
+        ]
+
+    @property
+    def valid(self) -> float:
+        tiles = [tile for tile in self._tiles if not tile.overview] or self._tiles
+        areas = [_area(tile.region) for tile in tiles]
+        return float(np.average([tile.valid for tile in tiles], weights=areas)) if tiles else 0.0
+
+    @property
+    def one_color(self) -> bool:
+        colors = {tile.color for tile in self._tiles if tile.valid}
+        return len(colors) == 1 and None not in colors
+
+
+class OutOfTime(Exception, Generic[_A]):
+    """The time was over before all looks were done; `seen` is what was seen by then."""
+
+    def __init__(self, seen: Seen[_A]) -> None:
+        super().__init__(f"{seen.done} of {seen.total} looks")
+        self.seen = seen
+
+
+async def stream(
+    scene: Scene,
+    looks: Looks,
+    ask: Callable[[list[np.ndarray]], Awaitable[Sequence[_A]]],
+    *,
+    seconds: float,
+    progress: Progress | None = None,
+    batch: int = BATCH,
+) -> Seen[_A]:
+    """Have every look answered. Cancelling stops reading at the next tile, and asks nothing more.
+
+    Args:
+        scene: what to look at.
+        looks: which windows of it.
+        ask: answers a batch of tiles, each uint8 [H, W, 3], in order. When the model server gets busy later than at
+            the first batch, the batch is asked again until the time is over.
+        seconds: the time there is.
+        progress: told after each batch.
+        batch: tiles that are asked about at a time.
+
+    Raises:
+        OutOfTime: the time was over.
+        AccessError, ImageError: as `Scene.reader`; and whatever `ask` raises.
+    """
+    seen: Seen[_A] = Seen(len(looks.windows))
+    stopped = threading.Event()
+    batches = _batches(scene, looks, batch, stopped)
+    # A thread of its own: GDAL's options and open files belong to the thread that made them.
+    thread = ThreadPoolExecutor(1, thread_name_prefix="rs_tools-reader")
+    loop = asyncio.get_running_loop()
+    ahead = loop.run_in_executor(thread, next, batches, None)
+    limit = asyncio.timeout(seconds)
+    try:
+        async with limit:
+            await _report(progress, seen)
+            while tiles := await ahead:
+                ahead = loop.run_in_executor(thread, next, batches, None)
+                pixels = [tile.pixels for tile in tiles if tile.pixels is not None]
+                seen.add(tiles, await _asked(ask, pixels, patient=seen.done > 0) if pixels else [])
+                await _report(progress, seen)
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise OutOfTime(seen) from error
+    finally:
+        stopped.set()
+        ahead.cancel()  # what it still brings is of no interest
+        thread.submit(batches.close)
+        thread.shutdown(wait=False)
+    return seen
+
+
+async def _asked(
+    ask: Callable[[list[np.ndarray]], Awaitable[Sequence[_A]]], tiles: list[np.ndarray], *, patient: bool
+) -> Sequence[_A]:
+    while True:
+        try:
+            return await ask(tiles)
+        except ServerBusy as busy:
+            if not patient:
+                raise
+            await asyncio.sleep(busy.retry_after_s)
+
+
+async def _report(progress: Progress | None, seen: Seen) -> None:
+    if progress is None:
+        return
+    told = progress(seen.done, seen.total, f"{seen.done} of {seen.total} looks done")
+    if inspect.isawaitable(told):
+        await told
+
+
+def _batches(scene: Scene, looks: Looks, size: int, stopped: threading.Event) -> Generator[list[_Tile]]:
+    """Tiles in order, `size` with data at a time. Everything happens in the thread that asks for the next."""
+    batch: list[_Tile] = []
+    with scene.reader() as read:
+        for index, (region, out_size) in enumerate(looks.windows):
+            if stopped.is_set():
+                return
+            overview = index == 0 and looks.overview is not None
+            batch.append(_tile(region, overview, read(region, out_size)))
+            with_data = sum(tile.pixels is not None for tile in batch)
+            if with_data == size or len(batch) - with_data == _EMPTY_PER_BATCH:
+                yield batch
+                batch = []
+    if batch:
+        yield batch
+
+
+def _tile(region: Region, overview: bool, read: Pixels) -> _Tile:
+    valid = float(read.valid.mean())
+    if valid == 0:
+        return _Tile(region, overview, None, 0.0, None)
+    colors = read.rgb if valid == 1 else read.rgb[read.valid]
+    first = colors.reshape(-1, 3)[0]
+    color = tuple(first.tolist()) if (colors == first).all() else None
+    return _Tile(region, overview, _filled(read), valid, color)
+
+
+def _filled(read: Pixels) -> np.ndarray:
+    """The tile with the mean colour of its valid pixels in place of the others, which the model cannot know."""
+    if read.valid.all():
+        return read.rgb
+    tile = read.rgb.copy()
+    tile[~read.valid] = np.rint(read.rgb[read.valid].mean(axis=0))
+    return tile
+
+
+def _area(region: Region) -> int:
+    x1, y1, x2, y2 = region
+    return (x2 - x1) * (y2 - y1)
