@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from rs_tools import looking
 from rs_tools.client import ModelClient
 from rs_tools.errors import PerceptionError
 from rs_tools.imagery.access import AccessPolicy
@@ -50,7 +53,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the whole result as 
 @app.command(epilog="Example: rs-tools inspect scene.tif")
 def inspect(image: Image, band: Bands = None, as_json: AsJson = False) -> None:
     """Size, bands, coordinate reference system, place and metres per pixel of IMAGE."""
-    _run(image.parent, lambda tools: tools.inspect_image(_name(image), band or []), as_json)
+    _run(image.parent, lambda tools, _: tools.inspect_image(_name(image), band or []), as_json)
 
 
 @app.command("list", epilog="Example: rs-tools list ~/imagery")
@@ -60,7 +63,7 @@ def list_images(
     """The images in FOLDER that the other commands can read."""
     if not folder.is_dir():
         raise typer.BadParameter(f"{folder} is not a folder")
-    _run(folder, lambda tools: tools.list_images(), as_json)
+    _run(folder, lambda tools, _: tools.list_images(), as_json)
 
 
 @app.command(epilog="Example: rs-tools caption scene.tif --region 0 0 512 512")
@@ -72,7 +75,11 @@ def caption(
     as_json: AsJson = False,
 ) -> None:
     """Say in words what IMAGE shows."""
-    _run(image.parent, lambda tools: tools.caption(_name(image), _pixels(region), detail, band or []), as_json)
+    _run(
+        image.parent,
+        lambda tools, progress: tools.caption(_name(image), _pixels(region), detail, band or [], progress),
+        as_json,
+    )
 
 
 @app.command(epilog='Example: rs-tools vqa scene.tif "Is there a river?"')
@@ -84,7 +91,11 @@ def vqa(
     as_json: AsJson = False,
 ) -> None:
     """Answer QUESTION about IMAGE, with a calibrated confidence."""
-    _run(image.parent, lambda tools: tools.vqa(_name(image), question, _pixels(region), band or []), as_json)
+    _run(
+        image.parent,
+        lambda tools, progress: tools.vqa(_name(image), question, _pixels(region), band or [], progress),
+        as_json,
+    )
 
 
 @app.command(epilog="Example: rs-tools classify scene.tif --label forest --label farmland --label city")
@@ -101,7 +112,9 @@ def classify(
     """Which scene class IMAGE belongs to."""
     _run(
         image.parent,
-        lambda tools: tools.classify(_name(image), label or [], top_k, _pixels(region), band or []),
+        lambda tools, progress: tools.classify(
+            _name(image), label or [], top_k, _pixels(region), band or [], progress
+        ),
         as_json,
     )
 
@@ -124,7 +137,10 @@ def _pixels(region: tuple[int, int, int, int] | None) -> list[int]:
     return [] if region is None else list(region)
 
 
-def _run(folder: Path, ask: Callable[[Tools], Awaitable[Result]], as_json: bool) -> None:
+_Ask = Callable[[Tools, looking.Progress], Awaitable[Result]]
+
+
+def _run(folder: Path, ask: _Ask, as_json: bool) -> None:
     """Ask with `folder` as the one allowed root: whoever names a file at a terminal may read it."""
     try:
         result = asyncio.run(_asked(AccessPolicy([folder.absolute()]), ask))
@@ -137,12 +153,27 @@ def _run(folder: Path, ask: Callable[[Tools], Awaitable[Result]], as_json: bool)
         _show(result)
 
 
-async def _asked(policy: AccessPolicy, ask: Callable[[Tools], Awaitable[Result]]) -> Result:
+async def _asked(policy: AccessPolicy, ask: _Ask) -> Result:
     client = ModelClient()
     try:
-        return await ask(Tools(policy, client))
+        with _bar() as progress:
+            return await ask(Tools(policy, client), progress)
     finally:
         await client.aclose()
+
+
+@contextmanager
+def _bar() -> Iterator[looking.Progress]:
+    """A bar on the terminal where there is more than one look; nothing where stderr is no terminal."""
+    columns = TextColumn("looking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("looking", total=None, visible=False)
+
+        def heard(done: int, total: int, message: str) -> None:
+            bar.update(task, completed=done, total=total, visible=total > 1)
+
+        yield heard
 
 
 def _show(result: Result) -> None:
