@@ -1,12 +1,14 @@
 """Our own checkpoint: a folder with `config.json`, `model.safetensors` (half precision, batch norms folded), the two
-tokenizers and `calibration.json`. Nothing in it is pickled.
+tokenizers and `calibration.json`. A model that finds boxes, masks and change has `dense.safetensors` and `dense.json`
+beside them; without these it answers in text only. Nothing in it is pickled.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,12 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from model_server.calibration import Calibration
+from model_server.calibration import Calibration, DenseCalibration
 from model_server.model.config import ModelConfig
+from model_server.model.dense import DenseBranch
 from model_server.model.rsvlm import RSVLM
 from model_server.text.tokenizer import TextTokenizer
 
 CONFIG, TENSORS, CALIBRATION = "config.json", "model.safetensors", "calibration.json"
+DENSE_TENSORS, DENSE_CALIBRATION = "dense.safetensors", "dense.json"
 TOKENIZER, SENTENCE_TOKENIZER = "tokenizer.json", "sentence_tokenizer.json"
 
 
@@ -36,6 +40,8 @@ class Checkpoint:
     sentence_tokenizer: Tokenizer
     calibration: Calibration
     digest: str  # of tensors, config and calibration, 16 hex digits
+    dense: DenseBranch | None = None
+    dense_calibration: DenseCalibration = field(default_factory=DenseCalibration)
 
 
 def save_checkpoint(folder: Path, model: RSVLM, tokenizer: TextTokenizer, sentence_tokenizer: Tokenizer,
@@ -53,6 +59,17 @@ def save_checkpoint(folder: Path, model: RSVLM, tokenizer: TextTokenizer, senten
 
 def save_calibration(folder: Path, calibration: Calibration) -> None:
     (folder / CALIBRATION).write_text(calibration.to_json() + "\n", encoding="utf-8")
+
+
+def save_dense(folder: Path, branch: DenseBranch, calibration: DenseCalibration) -> None:
+    """Put a dense branch into a checkpoint that is there already; its config then names the branch's shape."""
+    config = ModelConfig.from_json((folder / CONFIG).read_text(encoding="utf-8"))
+    config = dataclasses.replace(config, dense=branch.config)
+    state = {k: v.detach().half().contiguous() for k, v in branch.state_dict().items()}
+    save_file(state, folder / DENSE_TENSORS, metadata={"format": "pt"})
+    (folder / DENSE_TENSORS).chmod(0o644)
+    (folder / CONFIG).write_text(config.to_json() + "\n", encoding="utf-8")
+    (folder / DENSE_CALIBRATION).write_text(calibration.to_json() + "\n", encoding="utf-8")
 
 
 def load_checkpoint(folder: Path, device: str = "cpu") -> Checkpoint:
@@ -82,18 +99,41 @@ def load_checkpoint(folder: Path, device: str = "cpu") -> Checkpoint:
     sentence_tokenizer = Tokenizer.from_file(str(folder / SENTENCE_TOKENIZER))
     sentence_tokenizer.enable_truncation(config.sentence.max_tokens)
     sentence_tokenizer.enable_padding()
+    dense, dense_calibration = _load_dense(folder, config, device)
     return Checkpoint(
         model.eval().requires_grad_(False),
         TextTokenizer.load(folder / TOKENIZER),
         sentence_tokenizer,
         calibration,
         _digest(folder),
+        dense,
+        dense_calibration,
     )
+
+
+def _load_dense(folder: Path, config: ModelConfig, device: str) -> tuple[DenseBranch | None, DenseCalibration]:
+    if not (folder / DENSE_TENSORS).is_file():
+        return None, DenseCalibration()
+    if config.dense is None:
+        raise WeightsError(f"{folder} has {DENSE_TENSORS}, but its {CONFIG} has no `dense`")
+    try:
+        calibration = DenseCalibration.from_json((folder / DENSE_CALIBRATION).read_text(encoding="utf-8"))
+        with torch.device("meta"):
+            branch = DenseBranch(config)
+        with safe_open(folder / DENSE_TENSORS, framework="pt", device=device) as tensors:
+            state = {k: tensors.get_tensor(k).float() for k in tensors.keys()}  # noqa: SIM118 (not a dict)
+        branch.load_state_dict(state, assign=True)
+    except (OSError, TypeError, KeyError, json.JSONDecodeError) as error:
+        raise WeightsError(f"{folder}: its {DENSE_CALIBRATION} cannot be read: {error}") from error
+    except (SafetensorError, RuntimeError) as error:
+        raise WeightsError(f"{folder}/{DENSE_TENSORS} does not fit {CONFIG}: {error}") from error
+    return branch.to(memory_format=torch.channels_last).eval().requires_grad_(False), calibration  # pyright: ignore[reportCallIssue]
 
 
 def _digest(folder: Path) -> str:
     sha = hashlib.sha256()
-    for name in (CONFIG, CALIBRATION, TENSORS):
+    dense = [name for name in (DENSE_CALIBRATION, DENSE_TENSORS) if (folder / name).is_file()]
+    for name in (CONFIG, CALIBRATION, TENSORS, *dense):
         with (folder / name).open("rb") as file:
             sha.update(hashlib.file_digest(file, "sha256").digest())
     return sha.hexdigest()[:16]

@@ -13,6 +13,7 @@ from typing import Annotated
 import torch
 import typer
 
+from model_server.training.dense import DenseRun, DenseTrainer
 from model_server.training.export import calibrate, export
 from model_server.training.language import SETS, LanguageRun, LanguageTrainer
 from model_server.training.polish import Polisher, PolishRun
@@ -25,6 +26,7 @@ class Stage(StrEnum):
     VISION = "vision"
     LANGUAGE = "language"
     POLISH = "polish"
+    DENSE = "dense"
     EXPORT = "export"
 
 
@@ -56,11 +58,15 @@ def train(
                 LanguageTrainer(LanguageRun(**shared)).fit()
             case Stage.POLISH:
                 Polisher(PolishRun(**shared)).fit()
+            case Stage.DENSE:
+                DenseTrainer(DenseRun(**shared)).fit()
             case Stage.EXPORT:
                 polished = (run / "polish.pt").exists()
                 trainer = Polisher(PolishRun(**shared)) if polished else LanguageTrainer(LanguageRun(**shared))
                 export(trainer, run / "weights")
                 typer.echo(calibrate(run / "weights", data, SETS, limit).to_json())
+                if (run / "dense.pt").exists():
+                    typer.echo(DenseTrainer(DenseRun(**shared)).export(run / "weights").to_json())
 
 
 if __name__ == "__main__":

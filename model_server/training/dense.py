@@ -1,0 +1,199 @@
+"""Stage `dense`: boxes, masks and change together, on the frozen first blocks of the trained backbone.
+
+Each step is a batch of one task; the tasks take turns (`ORDER`) and share the branch. The shared blocks run in bf16
+without gradient, the branch under autocast. The learning rate warms up, stays, and falls over the last share of the
+steps, so that a run can be continued with more steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from model_server.calibration import DenseCalibration
+from model_server.checkpoints.store import save_dense
+from model_server.model.config import PRESETS
+from model_server.model.dense import DenseBranch, Maps, early_maps, start_branch
+from model_server.model.vision import Backbone
+from model_server.training.concepts import every_phrase
+from model_server.training.dense_data import BOX_SETS, CHANGE_SETS, MASK_SETS, PhraseBank, Views, read_scenes
+from model_server.training.dense_losses import box_losses, change_losses, mask_losses
+from model_server.training.dense_validation import SCALES, Looker, figures, fit_calibration, gather
+from model_server.training.language import trained_vision
+from model_server.training.sentences import sentence_vectors
+from model_server.training.start import sentence_parts
+
+ORDER = ("boxes", "change", "masks", "boxes", "change")
+BATCHES = {"boxes": (6, 320), "masks": (8, 256), "change": (6, 256)}  # views and their side; a change view is a pair
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseRun:
+    """`batch` replaces the number of views of every task; `views` their sides, for small runs."""
+
+    data: Path
+    run: Path
+    config: str = "nano"
+    steps: int = 6000
+    batch: int | None = None
+    side: int | None = None
+    rate: float = 2.5e-4
+    head_rate: float = 1e-3
+    weight_decay: float = 0.02
+    fall: float = 0.35
+    ema: float = 0.997
+    seed: int = 0
+    save_minutes: float = 3.0
+    validate_minutes: float = 10.0
+    limit: int | None = None
+    bf16: bool = True
+
+
+def trapezoid(step: int, steps: int, warm_up: int, fall: float) -> float:
+    """Learning-rate factor: linear warm-up, level, then linear to zero over the last share `fall` of the steps."""
+    return min((step + 1) / warm_up, 1.0, max((steps - step) / max(fall * steps, 1), 0.0))
+
+
+class DenseTrainer:
+    """The state of one run: branch, moving average, optimiser and step."""
+
+    def __init__(self, run: DenseRun) -> None:
+        self.run = run
+        torch.manual_seed(run.seed)
+        self.config = PRESETS[run.config]()
+        weights, _ = trained_vision(run.run)
+        backbone = Backbone(self.config.backbone)
+        prefix = "backbone."
+        backbone.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+        backbone.eval().requires_grad_(False)
+        backbone.fold_norms()
+        self.branch = DenseBranch(self.config)
+        start_branch(self.branch, backbone)
+        self.branch.requires_grad_(True).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.backbone = backbone.to(torch.bfloat16 if run.bf16 else torch.float32).channels_last()
+        self.average = copy.deepcopy(self.branch).eval().requires_grad_(False)
+        encoder, tokenizer = sentence_parts(self.config)
+        phrases = every_phrase() + every_phrase(held_out=True)
+        self.vectors = dict(zip(phrases, sentence_vectors(encoder, tokenizer, phrases), strict=True))
+        blocks = [p for n, p in self.branch.named_parameters() if n.startswith("blocks.")]
+        heads = [p for n, p in self.branch.named_parameters() if not n.startswith("blocks.")]
+        self.optimiser = torch.optim.AdamW(
+            [{"params": blocks, "base": run.rate}, {"params": heads, "base": run.head_rate}],
+            lr=run.rate, weight_decay=run.weight_decay,
+        )  # fmt: skip
+        self.step = 0
+        self.checkpoint = run.run / "dense.pt"
+        if self.checkpoint.exists():
+            self.resume()
+
+    def resume(self) -> None:
+        state = torch.load(self.checkpoint, weights_only=True)
+        self.branch.load_state_dict(state["branch"])
+        self.average.load_state_dict(state["average"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.step = state["step"]
+        print(f"resumed at step {self.step}")
+
+    def save(self) -> None:
+        state = {
+            "branch": self.branch.state_dict(),
+            "average": self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+        }
+        partial = self.checkpoint.with_suffix(".part")
+        torch.save(state, partial)
+        partial.replace(self.checkpoint)
+
+    @torch.no_grad()
+    def early(self, images: Tensor) -> Maps:
+        return {s: m.float() for s, m in early_maps(self.backbone, images, self.branch.config.shared).items()}
+
+    def losses(self, task: str, views: Views, rng: np.random.Generator) -> dict[str, Tensor]:
+        """The weighted terms of one batch of a task."""
+        run, branch = self.run, self.branch
+        batch, side = BATCHES[task]
+        batch, side = run.batch or batch, run.side or side
+        if task == "boxes":
+            b = views.boxes(rng, batch, side)
+            early = self.early(b.images)
+            with torch.autocast("cpu", torch.bfloat16, enabled=run.bf16):
+                found = branch.detect(branch.features(branch.maps(early)), b.phrases)
+            return box_losses(found, b)
+        if task == "masks":
+            m = views.masks(rng, batch, side)
+            early = self.early(m.images)
+            with torch.autocast("cpu", torch.bfloat16, enabled=run.bf16):
+                logits = branch.segment(branch.features(branch.maps(early)), m.phrases)
+            return mask_losses(logits, m)
+        c = views.changes(rng, batch, side)
+        early = self.early(torch.cat((c.before, c.after)))
+        with torch.autocast("cpu", torch.bfloat16, enabled=run.bf16):
+            maps = branch.maps(early)
+            logits = branch.change({s: x[:batch] for s, x in maps.items()}, {s: x[batch:] for s, x in maps.items()})
+        return change_losses(logits, c)
+
+    def train_step(self, views: dict[str, Views]) -> dict[str, float]:
+        run = self.run
+        factor = trapezoid(self.step, run.steps, min(100, run.steps // 10 + 1), run.fall)
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["base"] * factor
+        self.branch.train()
+        task = ORDER[self.step % len(ORDER)]
+        terms = self.losses(task, views[task], np.random.default_rng((run.seed, 11, self.step)))
+        self.optimiser.zero_grad(set_to_none=True)
+        torch.stack(list(terms.values())).sum().backward()
+        nn.utils.clip_grad_norm_(self.branch.parameters(), 5.0)
+        self.optimiser.step()
+        self.step += 1
+        decay = min(run.ema, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for mean, now in zip(self.average.parameters(), self.branch.parameters(), strict=True):
+                mean.lerp_(now, 1 - decay)
+        return {k: float(v.detach()) for k, v in terms.items()}
+
+    def looker(self) -> Looker:
+        """The averaged branch, ready to be asked."""
+        return Looker(self.backbone, self.average, self.vectors)
+
+    def export(self, folder: Path) -> DenseCalibration:
+        """Put the averaged branch into a checkpoint, with thresholds from the validation records."""
+        val = read_scenes(self.run.data, SCALES, "val", self.run.limit)
+        calibration = fit_calibration(gather(self.looker(), val))
+        save_dense(folder, self.average, calibration)
+        return calibration
+
+    def fit(self) -> None:
+        run = self.run
+        bank = PhraseBank(self.vectors)
+        sets = {"boxes": BOX_SETS, "masks": MASK_SETS, "change": CHANGE_SETS}
+        views = {task: Views(read_scenes(run.data, sets[task], "train", run.limit), sets[task], bank) for task in ORDER}
+        val = read_scenes(run.data, SCALES, "val", run.limit)
+        first, start, sums = self.step, time.monotonic(), dict[str, list[float]]()
+        saved = validated = start
+        with (run.run / "dense.jsonl").open("a", encoding="utf-8") as log:
+            while self.step < run.steps:
+                for k, v in self.train_step(views).items():
+                    sums.setdefault(k, []).append(v)
+                now = time.monotonic()
+                done = self.step == run.steps
+                if self.step % 50 == 0 or done:
+                    pace = round((now - start) / (self.step - first), 3)
+                    means = {k: round(sum(v) / len(v), 4) for k, v in sorted(sums.items())}
+                    print(json.dumps({"step": self.step, "seconds_a_step": pace, **means}), file=log, flush=True)
+                    sums.clear()
+                if done or now - saved > 60 * run.save_minutes:
+                    self.save()
+                    saved = now
+                if done or now - validated > 60 * run.validate_minutes:
+                    line = json.dumps({"step": self.step, "val": figures(gather(self.looker(), val))})
+                    print(line, file=log, flush=True)
+                    print(line, flush=True)
+                    validated = time.monotonic()

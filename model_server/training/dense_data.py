@@ -1,0 +1,370 @@
+"""Training views of the dense branch: square crops at random scales with boxes, masks or change, and phrases to ask.
+
+Scales are pixels of the view per pixel of the source, drawn so that an object comes in many sizes: what a detector
+learns at one scale of one set it does not find at another. A view may reach over the image's edge; what lies there is
+grey and does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from model_server.training.concepts import (
+    ABSENT_IN_SCENE,
+    CONCEPTS,
+    DISTRACTOR_SETS,
+    DISTRACTORS,
+    FULL_SCENES,
+    absent,
+    boxed,
+    masked,
+)
+from model_server.training.records import Record, load_image, read_records
+
+GREY = 127
+PHRASES = 4  # asked of each view
+THINGS = tuple(c for c in CONCEPTS if c not in {"road", "water", "forest", "oil spill", "look-alike", "land"})
+
+
+@dataclass(frozen=True)
+class Share:
+    """How often a set is drawn, and between which scales."""
+
+    weight: float
+    low: float
+    high: float
+
+
+BOX_SETS = {
+    "inshore_ships": Share(0.38, 0.2, 1.2),
+    "estonia_aerial": Share(0.28, 0.45, 2.0),
+    "neon_trees": Share(0.12, 0.6, 2.0),
+    "hrsid_sar": Share(0.10, 0.6, 2.5),
+    "ucm": Share(0.12, 0.9, 1.8),
+}
+MASK_SETS = {
+    "epfl_roads": Share(0.26, 0.6, 2.0),
+    "flood": Share(0.22, 0.4, 1.2),
+    "amazon_forest": Share(0.10, 0.5, 1.6),
+    "hrsid_sar": Share(0.12, 0.6, 2.2),
+    "oil_spill_sar": Share(0.20, 0.35, 1.1),
+    "ucm": Share(0.10, 0.9, 1.6),
+}
+CHANGE_SETS = {
+    "oscd": Share(0.30, 0.9, 2.4),
+    "sztaki_air": Share(0.28, 0.5, 1.6),
+    "levir_dsifn": Share(0.16, 0.9, 1.8),
+    "egy_bcd": Share(0.12, 0.9, 1.8),
+    "sar_change": Share(0.06, 0.8, 1.8),
+    "ucm": Share(0.08, 0.9, 1.6),  # single images: pairs of one image and itself in other light
+}
+
+
+@dataclass
+class Scene:
+    """A decoded record."""
+
+    record: Record
+    images: list[np.ndarray]  # uint8 [H, W, 3]
+    mask: np.ndarray | None = None  # uint8 [H, W], class ids, or 0 / 255 of a change
+    boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))
+
+    @classmethod
+    def load(cls, record: Record) -> Scene:
+        path = record.change_mask or record.mask
+        mask = None
+        if path is not None:
+            with Image.open(path) as image:
+                mask = np.array(image.convert("L") if image.mode not in ("L", "P") else image, np.uint8)
+        boxes = np.array([o.bbox for o in record.objects], np.float32).reshape(-1, 4)
+        return cls(record, [load_image(p) for p in record.images], mask, boxes)
+
+
+def read_scenes(data: Path, sets: Mapping[str, Share], split: str, limit: int | None = None) -> list[Scene]:
+    """Decode the records of the sets that are annotated, at most `limit` of a set."""
+    scenes = []
+    for name in sets:
+        records = [r for r in read_records(data, [name], split) if r.objects or r.set != "neon_trees"]
+        scenes += [Scene.load(r) for r in records[:: max(len(records) // limit, 1) if limit else 1]]
+    return scenes
+
+
+@dataclass(frozen=True)
+class Window:
+    """A square of the source, `size` pixels a side from (left, top), seen at `side` pixels and turned."""
+
+    left: int
+    top: int
+    size: int
+    side: int
+    turn: int = 0  # 0..7: quarter turns, from 4 on flipped
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, height: int, width: int, side: int, scale: float,
+             focus: tuple[float, float] | None) -> Window:  # fmt: skip
+        size = max(round(side / scale), 8)
+
+        def start(length: int, at: float | None) -> int:
+            low, high = sorted((0, length - size))
+            if at is None or length < size:
+                return int(rng.integers(low, high + 1))
+            return int(np.clip(at - rng.uniform(0.1, 0.9) * size, low, high))
+
+        x, y = focus if focus is not None else (None, None)
+        return cls(start(width, x), start(height, y), size, side, int(rng.integers(8)))
+
+    def cut(self, source: np.ndarray, fill: int) -> np.ndarray:
+        """The window's pixels [size, size, ...], `fill` outside the source."""
+        h, w = source.shape[:2]
+        x1, y1 = max(self.left, 0), max(self.top, 0)
+        x2, y2 = min(self.left + self.size, w), min(self.top + self.size, h)
+        inside = source[y1:y2, x1:x2]
+        if inside.shape[:2] == (self.size, self.size):
+            return inside
+        out = np.full((self.size, self.size, *source.shape[2:]), fill, source.dtype)
+        out[y1 - self.top : y2 - self.top, x1 - self.left : x2 - self.left] = inside
+        return out
+
+    def image(self, source: np.ndarray) -> Tensor:
+        """uint8 [H, W, 3] -> uint8 [3, side, side]."""
+        x = torch.from_numpy(np.ascontiguousarray(self.cut(source, GREY))).permute(2, 0, 1)[None]
+        if self.size != self.side:
+            x = F.interpolate(x, (self.side, self.side), mode="bilinear", antialias=True)
+        return self.turned(x[0])
+
+    def plane(self, source: np.ndarray) -> Tensor:
+        """bool or float [H, W] -> float [side, side]: the share of each pixel; 0 outside the source."""
+        x = torch.from_numpy(self.cut(source, 0).astype(np.float32))[None, None]
+        if self.size != self.side:
+            x = F.interpolate(x, (self.side, self.side), mode="bilinear", antialias=True)
+        return self.turned(x[0])[0]
+
+    def turned(self, x: Tensor) -> Tensor:
+        x = torch.rot90(x, self.turn % 4, (1, 2))
+        return x.flip(2) if self.turn >= 4 else x
+
+    def corners(self, boxes: np.ndarray) -> np.ndarray:
+        """Source boxes [N, 4] in pixels of the turned view, not clipped."""
+        x1, y1, x2, y2 = ((boxes - [self.left, self.top] * 2) * (self.side / self.size)).T
+        for _ in range(self.turn % 4):  # counter-clockwise: (x, y) -> (y, side - x)
+            x1, y1, x2, y2 = y1, self.side - x2, y2, self.side - x1
+        if self.turn >= 4:
+            x1, x2 = self.side - x2, self.side - x1
+        return np.stack((x1, y1, x2, y2), 1).astype(np.float32)
+
+
+def relit(image: Tensor, rng: np.random.Generator, strength: float = 1.0) -> Tensor:
+    """uint8 [3, S, S] in other light: contrast, brightness, gamma and colour, by a table of levels."""
+    contrast, brightness = rng.uniform(1 - 0.25 * strength, 1 + 0.25 * strength, 2)
+    gain = rng.uniform(1 - 0.07 * strength, 1 + 0.07 * strength, 3) * brightness
+    gamma = float(np.exp(rng.uniform(-0.25, 0.25) * strength))
+    x = image.numpy()
+    mean = float(x[:, ::8, ::8].mean())
+    levels = 255 * (np.arange(256) / 255) ** gamma
+    table = ((levels[None] - mean) * contrast + mean * gain[:, None]).clip(0, 255).astype(np.uint8)
+    return torch.from_numpy(np.stack([table[c][x[c]] for c in range(3)]))
+
+
+def degraded(image: Tensor, rng: np.random.Generator, sar: bool) -> Tensor:
+    """What another sensor might have made of it: blur, noise, no colour; speckle in radar images."""
+    side = image.shape[-1]
+    if rng.random() < 0.15:
+        small = max(round(side * rng.uniform(0.45, 0.9)), 8)
+        x = F.interpolate(image[None], (small, small), mode="bilinear", antialias=True)
+        image = F.interpolate(x, (side, side), mode="bilinear")[0]
+    if sar and rng.random() < 0.5:
+        looks = float(rng.uniform(4, 24))
+        noise = rng.gamma(looks, 1 / looks, (side, side)).astype(np.float32)
+        image = (image.float() * torch.from_numpy(noise)).clamp(0, 255).byte()
+    elif not sar and rng.random() < 0.1:
+        noise = rng.normal(0, rng.uniform(2, 8), image.shape).astype(np.float32)
+        image = (image.float() + torch.from_numpy(noise)).clamp(0, 255).byte()
+    if not sar and rng.random() < 0.1:
+        image = image.float().mean(0, keepdim=True).byte().expand(3, -1, -1).contiguous()
+    return image
+
+
+class PhraseBank:
+    """Sentence vectors of every training phrase, by concept."""
+
+    def __init__(self, vectors: Mapping[str, Tensor]) -> None:
+        self.vectors = vectors
+
+    def draw(self, name: str, rng: np.random.Generator) -> Tensor:
+        """One way to say a concept (or a distractor): a phrase, sometimes between two, always a little moved."""
+        said = CONCEPTS[name].said if name in CONCEPTS else (name,)
+        first, second = (self.vectors[said[int(i)]] for i in rng.integers(0, len(said), 2))
+        if rng.random() < 0.25:  # the label itself, which most callers will use
+            first = self.vectors[said[0]]
+        mix = float(rng.uniform(0, 0.5)) if rng.random() < 0.4 else 0.0
+        x = first * (1 - mix) + second * mix
+        x = x + torch.from_numpy(rng.normal(0, 0.012, x.shape).astype(np.float32))
+        return F.normalize(x, dim=-1)
+
+
+@dataclass
+class Boxes:
+    """A batch of the box task."""
+
+    images: Tensor  # uint8 [B, 3, S, S]
+    phrases: Tensor  # [B, K, E]
+    boxes: list[Tensor]  # per image [N, 4]
+    meant: list[Tensor]  # per image bool [K, N]: box n is what phrase k means
+    known: list[Tensor]  # per image bool [N]: False = only a fragment is seen, neither object nor background
+
+
+@dataclass
+class Masks:
+    """A batch of the mask task."""
+
+    images: Tensor  # uint8 [B, 3, S, S]
+    phrases: Tensor  # [B, K, E]
+    target: Tensor  # float [B, K, S, S], 0 or 1
+    weight: Tensor  # float [B, K, S, S]
+
+
+@dataclass
+class Changes:
+    """A batch of the change task."""
+
+    before: Tensor  # uint8 [B, 3, S, S]
+    after: Tensor  # uint8 [B, 3, S, S]
+    target: Tensor  # float [B, S, S]
+    weight: Tensor  # float [B, S, S]
+
+
+class Views:
+    """Draws batches of one task from decoded scenes."""
+
+    def __init__(self, scenes: Sequence[Scene], shares: Mapping[str, Share], bank: PhraseBank) -> None:
+        self.shares, self.bank = shares, bank
+        self.groups = {name: [s for s in scenes if s.record.set == name] for name in shares}
+        self.names = [name for name, group in self.groups.items() if group]
+        weights = np.array([shares[name].weight for name in self.names])
+        self.weights = weights / weights.sum()
+
+    def draw_scene(self, rng: np.random.Generator) -> tuple[Scene, float]:
+        name = self.names[int(rng.choice(len(self.names), p=self.weights))]
+        share, group = self.shares[name], self.groups[name]
+        scale = float(np.exp(rng.uniform(np.log(share.low), np.log(share.high))))
+        return group[int(rng.integers(len(group)))], scale
+
+    def boxes(self, rng: np.random.Generator, batch: int, side: int) -> Boxes:
+        views = [self._boxes(rng, side) for _ in range(batch)]
+        images, phrases, boxes, meant, known = zip(*views, strict=True)
+        return Boxes(torch.stack(images), torch.stack(phrases), list(boxes), list(meant), list(known))
+
+    def _boxes(self, rng: np.random.Generator, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        scene, scale = self.draw_scene(rng)
+        labels = [o.label for o in scene.record.objects]
+        focus = None
+        if labels and rng.random() < 0.8:
+            kind = sorted(set(labels))[int(rng.integers(len(set(labels))))] if rng.random() < 0.4 else None
+            rows = [i for i, name in enumerate(labels) if kind in (None, name)]
+            x1, y1, x2, y2 = scene.boxes[rows[int(rng.integers(len(rows)))]]
+            focus = (float(x1 + x2) / 2, float(y1 + y2) / 2)
+        h, w = scene.images[0].shape[:2]
+        window = Window.draw(rng, h, w, side, scale, focus)
+        image = self._look(window, scene, rng)
+        whole = window.corners(scene.boxes)
+        seen = whole.clip(0, side)
+        area, area_seen = ((b[:, 2:] - b[:, :2]).clip(0).prod(1) for b in (whole, seen))
+        there = area_seen > 0
+        known = (area_seen >= 0.4 * area) & ((seen[:, 2:] - seen[:, :2]).max(1, initial=0) >= 5)
+        names = self._ask_boxes(scene.record, {labels[i] for i in np.flatnonzero(there & known)}, rng)
+        meant = np.array([[name in CONCEPTS and label in CONCEPTS[name].labels for label in labels] for name in names])
+        meant = meant.reshape(len(names), len(labels))[:, there]
+        phrases = torch.stack([self.bank.draw(name, rng) for name in names])
+        return image, phrases, torch.from_numpy(seen[there]), torch.from_numpy(meant), torch.from_numpy(known[there])
+
+    def _ask_boxes(self, record: Record, visible: set[str], rng: np.random.Generator) -> list[str]:
+        """Concepts to ask: what is there, then what is labelled or known to be absent, then distractors."""
+        here = [n for n in boxed(record) if CONCEPTS[n].labels & visible]
+        others = [n for n in sorted((boxed(record) | absent(record)) & set(THINGS)) if n not in here]
+        rng.shuffle(here)
+        rng.shuffle(others)
+        if record.set in DISTRACTOR_SETS and rng.random() < 0.3:
+            others.insert(0, DISTRACTORS[int(rng.integers(len(DISTRACTORS)))])
+        names = [*sorted(here[: PHRASES - 1]), *others]
+        return (names * PHRASES)[:PHRASES]
+
+    def _look(self, window: Window, scene: Scene, rng: np.random.Generator, which: int = 0) -> Tensor:
+        sar = scene.record.modality == "sar"
+        return degraded(relit(window.image(scene.images[which]), rng), rng, sar)
+
+    def masks(self, rng: np.random.Generator, batch: int, side: int) -> Masks:
+        views = [self._masks(rng, side) for _ in range(batch)]
+        return Masks(*(torch.stack(parts) for parts in zip(*views, strict=True)))
+
+    def _masks(self, rng: np.random.Generator, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        scene, scale = self.draw_scene(rng)
+        record, source = scene.record, scene.mask
+        classes = masked(record) if source is not None else {}
+        full = FULL_SCENES.get(record.scene or "") if source is None else None
+        names = sorted(classes) if classes else [full] if full else []
+        rng.shuffle(names)
+        focus = None
+        if source is not None and names and rng.random() < 0.5:
+            focus = _pixel_of(np.isin(source, list(classes[names[0]])), rng)
+        h, w = scene.images[0].shape[:2]
+        window = Window.draw(rng, h, w, side, scale, focus)
+        out = absent(record) | set(ABSENT_IN_SCENE.get(record.scene or "", ()))
+        others = [n for n in sorted(out) if n not in names]
+        rng.shuffle(others)
+        if record.set in DISTRACTOR_SETS and rng.random() < 0.2:
+            others.insert(0, DISTRACTORS[int(rng.integers(len(DISTRACTORS)))])
+        asked = ([*names[: PHRASES - 1], *others] * PHRASES)[:PHRASES]
+        inside = window.plane(np.ones((h, w), bool)) > 0.5
+        target = torch.zeros(PHRASES, side, side)
+        for k, name in enumerate(asked):
+            if name in classes and source is not None:
+                target[k] = (window.plane(np.isin(source, list(classes[name]))) > 0.5).float()
+            elif name == full:
+                target[k] = inside.float()
+        phrases = torch.stack([self.bank.draw(name, rng) for name in asked])
+        weight = inside.float().expand(PHRASES, -1, -1).clone()
+        if source is None:  # known from a label of the whole image: right on most pixels only
+            weight *= 0.5
+        return self._look(window, scene, rng), phrases, target, weight
+
+    def changes(self, rng: np.random.Generator, batch: int, side: int) -> Changes:
+        views = [self._changes(rng, side) for _ in range(batch)]
+        return Changes(*(torch.stack(parts) for parts in zip(*views, strict=True)))
+
+    def _changes(self, rng: np.random.Generator, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A pair, sometimes in reverse order, sometimes one image with itself in other light: nothing changed."""
+        scene, scale = self.draw_scene(rng)
+        changed = scene.mask > 127 if scene.mask is not None else np.zeros(scene.images[0].shape[:2], bool)
+        focus = _pixel_of(changed, rng) if rng.random() < 0.6 else None
+        h, w = changed.shape
+        window = Window.draw(rng, h, w, side, scale, focus)
+        first, second = (0, len(scene.images) - 1) if rng.random() < 0.5 else (len(scene.images) - 1, 0)
+        same = rng.random() < 0.12
+        before, moved = self._look(window, scene, rng, first), window
+        if rng.random() < 0.3:  # pairs are rarely registered better than to a pixel
+            dx, dy = (int(v) for v in rng.integers(-1, 2, 2))
+            moved = replace(window, left=window.left + dx, top=window.top + dy)
+        if len(scene.images) == 1 or same:
+            after = self._look(moved, scene, rng, first)
+            target = torch.zeros(side, side)
+        else:
+            after = self._look(moved, scene, rng, second)
+            target = (window.plane(changed) > 0.5).float()
+        return before, after, target, (window.plane(np.ones((h, w), bool)) > 0.5).float()
+
+
+def _pixel_of(mask: np.ndarray, rng: np.random.Generator) -> tuple[float, float] | None:
+    """A random true pixel (x, y), or None."""
+    rows, columns = np.nonzero(mask[::4, ::4])
+    if not len(rows):
+        return None
+    i = int(rng.integers(len(rows)))
+    return 4.0 * columns[i], 4.0 * rows[i]
