@@ -39,3 +39,7 @@ class ServerError(PerceptionError):
 
 class DeadlinePassed(PerceptionError):
     """The time for one call is over; the message says what was found until then. The rest of the work is cancelled."""
+
+
+class PairError(PerceptionError):
+    """Two images cannot be compared: no overlap, different kinds of measurement, or only one has a place on Earth."""
