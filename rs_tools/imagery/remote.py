@@ -395,7 +395,7 @@ def _host(text: str) -> str:
         url = httpx.URL(f"https://{text}")
     except httpx.InvalidURL as error:
         raise AccessError(f"{text!r} is not a host: {error}.") from error
-    if not url.host or url.userinfo or url.raw_path != b"/" or url.fragment or text.endswith("/") or "*" in text:
+    if not url.host or url.userinfo or any(character in text for character in "/?#*@%\\ \t\n"):
         raise AccessError(f"{text!r} is not a host; give its name alone, such as data.example.org.")
     return _netloc(url.host, url.port)
 
