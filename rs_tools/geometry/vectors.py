@@ -1,0 +1,271 @@
+"""Masks and boxes as polygons: outlined in pixels, simplified, placed on Earth and measured.
+
+A mask is outlined while its rows pass by, strip by strip: pieces that meet at the edge of a strip are joined, so no
+seam shows and the memory taken is that of the polygons kept. Pixels that touch at a corner only are two objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import shapely
+from affine import Affine
+from rasterio.features import rasterize, shapes
+
+from rs_tools.geometry.blending import NODATA
+from rs_tools.geometry.measures import Georeference, geodesic_area_m2
+
+_STRIP_ROWS = 1024
+_AREA_TOLERANCE = 0.01  # pixels
+_WORLDS = range(-2, 3)  # turns around the Earth that a ring may have run on
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One connected area of a class.
+
+    Attributes:
+        value: of its pixels in the mask.
+        pixels: how many they are.
+        polygon: its outline in scene pixels; of the pixels exactly, or simplified.
+        area_m2: of the exact outline on Earth, or None where that has no place.
+    """
+
+    value: int
+    pixels: int
+    polygon: shapely.Polygon
+    area_m2: float | None = None
+
+
+@dataclass
+class _Open:
+    """Pieces of one area that reaches the last row so far."""
+
+    value: int
+    pieces: list[shapely.Polygon]
+
+
+@dataclass
+class MaskOutliner:
+    """Outlines the classes of a uint8 mask; values 0 and 255 are no class.
+
+        shapes = [shape for rows in bands for shape in outliner.add(rows)] + list(outliner.finish())
+
+    Args:
+        width: pixels across.
+        origin: (x, y) of the mask's first pixel in the scene.
+        min_pixels: smaller areas are left out and counted.
+
+    Attributes:
+        specks: areas left out.
+        speck_pixels: their pixels.
+    """
+
+    width: int
+    origin: tuple[int, int] = (0, 0)
+    min_pixels: int = 1
+    specks: int = 0
+    speck_pixels: int = 0
+    _rows: list[np.ndarray] = field(default_factory=list)
+    _waiting: int = 0
+    _top: int = 0
+    _last: np.ndarray | None = None  # of the strip before: for each column the number of its open area, or -1
+    _open: dict[int, _Open] = field(default_factory=dict)
+
+    def add(self, rows: np.ndarray) -> Iterator[Shape]:
+        """Take the next rows, uint8 [n, width], and give the areas that ended above them."""
+        self._rows.append(rows)
+        self._waiting += len(rows)
+        if self._waiting >= _STRIP_ROWS:
+            yield from self._strip()
+
+    def finish(self) -> Iterator[Shape]:
+        """The areas that reach the last row."""
+        if self._waiting:
+            yield from self._strip()
+        yield from self._closed(set())
+
+    def _strip(self) -> Iterator[Shape]:
+        strip = np.concatenate(self._rows)
+        top, height = self._top, len(strip)
+        self._rows, self._waiting, self._top = [], 0, top + height
+        place = Affine.translation(self.origin[0], self.origin[1] + top)
+        pieces, values = [], []
+        kept = (strip != 0) & (strip != NODATA)
+        for geometry, value in shapes(strip, mask=kept, connectivity=4, transform=place):
+            pieces.append(shapely.geometry.shape(geometry))
+            values.append(int(value))
+        first = self._numbered(pieces, values, strip[0], top, 0)
+        last = self._numbered(pieces, values, strip[-1], top, height - 1)
+        owner = self._joined(pieces, values, first)
+        inside = set(range(len(pieces))) - set(owner)
+        for i in sorted(inside - set(last.tolist())):
+            yield from self._shape(values[i], [pieces[i]])
+        for i in sorted(inside & set(last.tolist())):
+            owner[i] = max(self._open, default=-1) + 1
+            self._open[owner[i]] = _Open(values[i], [pieces[i]])
+        self._last = np.array([owner[i] if i >= 0 else -1 for i in last.tolist()])
+        yield from self._closed(set(self._last.tolist()))
+
+    def _numbered(
+        self, pieces: list[shapely.Polygon], values: list[int], row: np.ndarray, top: int, offset: int
+    ) -> np.ndarray:
+        """For each column of one row of the strip the number of the piece there, or -1."""
+        y = self.origin[1] + top + offset
+        there = [i for i, piece in enumerate(pieces) if piece.bounds[1] <= y < piece.bounds[3]]
+        if not there:
+            return np.full(self.width, -1)
+        place = Affine.translation(self.origin[0], y)
+        numbered = [(pieces[i], i) for i in there]
+        return rasterize(numbered, (1, self.width), fill=-1, transform=place, dtype="int32")[0]
+
+    def _joined(self, pieces: list[shapely.Polygon], values: list[int], first: np.ndarray) -> dict[int, int]:
+        """The open area that each piece of the strip continues; areas that a piece connects become one."""
+        owner: dict[int, int] = {}
+        if self._last is None:
+            return owner
+        into: dict[int, int] = {}
+
+        def root(area: int) -> int:
+            while area in into:
+                area = into[area]
+            return area
+
+        meeting = np.unique(np.stack([self._last, first], axis=1), axis=0)
+        for area, i in meeting[(meeting >= 0).all(axis=1)].tolist():
+            if self._open[root(area)].value != values[i]:
+                continue
+            if i not in owner:
+                owner[i] = root(area)
+                self._open[owner[i]].pieces.append(pieces[i])
+            elif root(area) != root(owner[i]):
+                gone, stays = root(area), root(owner[i])
+                self._open[stays].pieces += self._open.pop(gone).pieces
+                into[gone] = stays
+        return {i: root(area) for i, area in owner.items()}
+
+    def _closed(self, going_on: set[int]) -> Iterator[Shape]:
+        for number in sorted(set(self._open) - going_on):
+            area = self._open.pop(number)
+            yield from self._shape(area.value, area.pieces)
+
+    def _shape(self, value: int, pieces: list[shapely.Polygon]) -> Iterator[Shape]:
+        pixels = round(sum(piece.area for piece in pieces))
+        if pixels < self.min_pixels:
+            self.specks += 1
+            self.speck_pixels += pixels
+            return
+        whole = pieces[0] if len(pieces) == 1 else shapely.simplify(shapely.union_all(pieces), 0)
+        for polygon in _polygons(whole):
+            yield Shape(value, round(polygon.area), polygon)
+
+
+def simplified(polygon: shapely.Polygon, tolerance: float = 1.0) -> shapely.Polygon:
+    """The outline without its steps: fewer points, each about `tolerance` pixels off at most; valid, holes kept.
+
+    A hole or a polygon too small to survive keeps its exact outline.
+    """
+    simple = shapely.simplify(polygon, tolerance, preserve_topology=True)
+    fits = simple.is_valid and isinstance(simple, shapely.Polygon) and not simple.is_empty
+    return simple if fits and abs(simple.area - polygon.area) <= 0.2 * polygon.area else polygon
+
+
+def measured(found: Sequence[Shape], georeference: Georeference | None) -> list[Shape]:
+    """The shapes with the geodesic areas of their outlines; call it before simplifying."""
+    if georeference is None:
+        return list(found)
+    curves = _curves([shape.polygon for shape in found], georeference, _AREA_TOLERANCE)
+    return [
+        replace(shape, area_m2=geodesic_area_m2(known) if len(known) == len(rings) else None)
+        for shape, rings in zip(found, curves, strict=True)
+        for known in [[ring for ring in rings if ring is not None]]
+    ]
+
+
+def placed(
+    polygons: Sequence[shapely.Polygon], georeference: Georeference, tolerance: float = 0.25
+) -> list[shapely.Polygon | shapely.MultiPolygon | None]:
+    """Polygons of scene pixels in WGS84 lon/lat as RFC 7946 wants them.
+
+    Exterior rings run counterclockwise, holes clockwise. What crosses the antimeridian is split there; what holds a
+    pole reaches along it. Edges that are curves in lon/lat get points.
+
+    Args:
+        polygons: in scene pixels.
+        georeference: of the scene.
+        tolerance: pixels that an edge may be off.
+
+    Returns:
+        for each polygon its place, or None where it reaches beyond what the projection shows.
+    """
+    curves = _curves(polygons, georeference, tolerance)
+    return [_placed(polygon, rings, georeference) for polygon, rings in zip(polygons, curves, strict=True)]
+
+
+def box_polygons(boxes: np.ndarray) -> list[shapely.Polygon]:
+    """Boxes, float [N, 4] x1, y1, x2, y2, as polygons."""
+    x1, y1, x2, y2 = np.asarray(boxes, float).reshape(-1, 4).T
+    return list(shapely.box(x1, y1, x2, y2))
+
+
+def _curves(
+    polygons: Sequence[shapely.Polygon], georeference: Georeference, tolerance: float
+) -> list[list[np.ndarray | None]]:
+    """The lon/lat curve of each ring of each polygon, exterior first."""
+    rings = [[np.asarray(ring.coords)[:, :2] for ring in _rings(polygon)] for polygon in polygons]
+    curves = iter(georeference.curves([ring for some in rings for ring in some], tolerance))
+    return [[next(curves) for _ in some] for some in rings]
+
+
+def _rings(polygon: shapely.Polygon) -> list[shapely.LinearRing]:
+    return [polygon.exterior, *polygon.interiors]
+
+
+def _placed(
+    polygon: shapely.Polygon, curves: Sequence[np.ndarray | None], georeference: Georeference
+) -> shapely.Polygon | shapely.MultiPolygon | None:
+    outlines = []
+    for curve, ring in zip(curves, _rings(polygon), strict=True):
+        outline = None if curve is None else georeference.outline(curve, np.asarray(ring.coords)[:, :2])
+        if outline is None:
+            return None
+        outlines.append(outline)
+    lon = outlines[0][:, 0]
+    if lon.min() >= -180 and lon.max() <= 180 and np.ptp(lon) < 360:
+        whole = shapely.make_valid(shapely.Polygon(outlines[0], outlines[1:]))
+    else:
+        exterior, *holes = (_in_one_world(outline) for outline in outlines)
+        whole = shapely.difference(exterior, shapely.union_all(holes))
+    parts = _polygons(whole)
+    if not parts:
+        return None
+    oriented = [shapely.orient_polygons(part) for part in parts]
+    return oriented[0] if len(oriented) == 1 else shapely.MultiPolygon(oriented)
+
+
+def _in_one_world(outline: np.ndarray) -> shapely.Geometry:
+    """A ring whose longitudes run beyond 180 degrees as the area that it covers between -180 and 180."""
+    area = shapely.make_valid(shapely.Polygon(outline))
+    parts = []
+    for turn in _WORLDS:
+        here = shapely.intersection(area, shapely.box(360 * turn - 180, -90, 360 * turn + 180, 90))
+        parts += [_moved(polygon, -360 * turn) for polygon in _polygons(here)]
+    return shapely.union_all(parts)
+
+
+def _moved(polygon: shapely.Polygon, degrees: float) -> shapely.Polygon:
+    return shapely.transform(polygon, lambda lonlat: lonlat + np.array([degrees, 0.0])) if degrees else polygon
+
+
+def _polygons(geometry: shapely.Geometry) -> list[shapely.Polygon]:
+    """The polygons that a geometry holds; lines and points that an operation left are no area."""
+    parts: Iterable[shapely.Geometry] = shapely.get_parts(geometry)
+    found: list[shapely.Polygon] = []
+    for part in parts:
+        if isinstance(part, shapely.Polygon) and not part.is_empty:
+            found.append(part)
+        elif isinstance(part, shapely.MultiPolygon):
+            found += _polygons(part)
+    return found
