@@ -1,4 +1,4 @@
-"""`python -m model_server.checkpoints debug DIR` writes a small random checkpoint."""
+"""Make checkpoints, and verify loaders of published ones: `python -m model_server.checkpoints --help`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +23,25 @@ def debug(
 
     write_debug_checkpoint(folder, seed)
     typer.echo(f"wrote {folder}")
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="recorded results of a published checkpoint, and the checkpoint")],
+) -> None:
+    """Load a published checkpoint and compare all that is recorded of it; exit 1 where it differs."""
+    from model_server.checkpoints.store import WeightsError
+    from model_server.checkpoints.verify import lines
+    from model_server.checkpoints.verify import verify as run
+
+    try:
+        found = run(folder)
+    except WeightsError as error:
+        typer.echo(f"FAILED: {error}")
+        raise typer.Exit(1) from error
+    typer.echo("\n".join(lines(found)))
+    if not found.comparison.passed:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import StrEnum
 
 import torch
@@ -19,7 +20,20 @@ class Backend(StrEnum):
     MATH = "math"
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: Backend = Backend.SDPA) -> Tensor:
+_current: ContextVar[Backend] = ContextVar("attention_backend", default=Backend.SDPA)
+
+
+@contextmanager
+def attention_backend(backend: Backend) -> Iterator[None]:
+    """Use a backend for all attention within, where none is named."""
+    before = _current.set(backend)
+    try:
+        yield
+    finally:
+        _current.reset(before)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: Backend | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v.
 
     q [B, H, T, d]; k, v [B, G, S, d] with H a multiple of G (grouped heads); mask bool, broadcastable to
@@ -27,9 +41,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: Backen
     """
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    if backend is Backend.SDPA:
+    if (backend or _current.get()) is Backend.SDPA:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])  # [B, H, T, S]
+    scores = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5  # [B, H, T, S]
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     return (scores.softmax(-1) @ v.float()).to(q.dtype)

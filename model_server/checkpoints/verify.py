@@ -1,0 +1,128 @@
+"""Whether a loaded checkpoint computes what its authors' code computed: recorded results against ours, in float32."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from model_server.checkpoints.adapters import find_family
+from model_server.checkpoints.published import Report
+from model_server.model.attention import Backend, attention_backend
+
+TOLERANCE = 1e-4
+IDS = "ids"
+
+
+@dataclass
+class Comparison:
+    """Largest difference by kind of output, the cases that ran, and which recorded tensors were looked at."""
+
+    worst: dict[str, tuple[float, str]] = field(default_factory=dict)  # kind -> (difference, where)
+    counts: dict[str, int] = field(default_factory=dict)
+    cases: list[str] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)
+    recorded: set[str] = field(default_factory=set)
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Name recorded results, so that it can be said which of them nothing was compared with."""
+        self.recorded |= set(names)
+
+    def tensor(self, kind: str, name: str, ours: Tensor, recorded: Tensor) -> None:
+        """The largest absolute difference; infinite for another shape or where only one of the two is finite."""
+        difference = math.inf
+        if ours.shape == recorded.shape:
+            gap = (ours.double() - recorded.double()).abs()
+            difference = float(gap.max()) if gap.numel() else 0.0
+        self._add(kind, name, math.inf if math.isnan(difference) else difference)
+
+    def ids(self, name: str, ours: Iterable[int], recorded: Iterable[int]) -> None:
+        """Token ids: all the same, or not."""
+        self._add(IDS, name, 0.0 if list(ours) == list(recorded) else math.inf)
+
+    def _add(self, kind: str, name: str, difference: float) -> None:
+        self.seen.add(name)
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        if kind not in self.worst or difference > self.worst[kind][0]:
+            self.worst[kind] = (difference, name)
+
+    @property
+    def left_out(self) -> list[str]:
+        return sorted(self.recorded - self.seen)
+
+    @property
+    def passed(self) -> bool:
+        """Something was compared, and all of it agrees."""
+        return bool(self.worst) and all(value <= TOLERANCE for value, _ in self.worst.values())
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found in a folder."""
+
+    family: str
+    checkpoint: Path
+    report: Report
+    comparison: Comparison
+
+
+def verify(folder: Path) -> Verification:
+    """Load the checkpoint in a folder of recorded results (in it or in its `checkpoint/`) and run every case.
+
+    Attention is the plain equation, as it was when the results were recorded; fused kernels are held to it elsewhere.
+
+    Raises:
+        WeightsError: no adapter knows the checkpoint, its tensors do not fit, or what was recorded is not there.
+    """
+    nested = folder / "checkpoint"
+    checkpoint = nested if nested.is_dir() else folder
+    name = find_family(checkpoint).NAME
+    comparison = Comparison()
+    with torch.no_grad(), attention_backend(Backend.MATH):
+        compare = importlib.import_module(f"model_server.checkpoints.recorded.{name}").compare
+        report = compare(folder, checkpoint, comparison)
+    return Verification(name, checkpoint, report, comparison)
+
+
+def lines(found: Verification) -> list[str]:
+    """The verification as text."""
+    comparison = found.comparison
+    out = [f"{found.family}: {found.checkpoint}"]
+    unused = f", {len(found.report.unused)} of them unused by the authors' code too" if found.report.unused else ""
+    out.append(f"tensors: none missing, unexpected or mis-shaped{unused}")
+    out.append(f"cases: {', '.join(comparison.cases)}")
+    for kind, (value, where) in comparison.worst.items():
+        said = ("all the same" if value == 0 else "different") if kind == IDS else f"{value:.1e}"
+        out.append(f"  {kind:<12} {comparison.counts[kind]:>4} compared   largest difference {said}   ({where})")
+    if comparison.left_out:
+        out.append(f"recorded but not compared: {', '.join(comparison.left_out)}")
+    out.append(f"{'passed' if comparison.passed else 'FAILED'} at a tolerance of {TOLERANCE:g}")
+    return out
+
+
+class Taps:
+    """Inputs and outputs of submodules during a forward pass, by the names given: `name.in` and `name.out`."""
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        self.modules = modules
+        self.found: dict[str, Tensor] = {}
+
+    def __enter__(self) -> Self:
+        self._handles = [m.register_forward_hook(self._hook(name)) for name, m in self.modules.items()]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self.found[f"{name}.in"], self.found[f"{name}.out"] = inputs[0], output
+
+        return keep
