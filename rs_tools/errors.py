@@ -43,3 +43,7 @@ class DeadlinePassed(PerceptionError):
 
 class PairError(PerceptionError):
     """Two images cannot be compared: no overlap, different kinds of measurement, or only one has a place on Earth."""
+
+
+class ArtifactError(PerceptionError):
+    """A file for an answer is gone, unknown, too large to keep or could not be written."""
