@@ -1,8 +1,8 @@
 """Two scenes on one grid: what a comparison pixel by pixel needs.
 
 The grid is the earlier scene's, whole: a caller's region and every answer are in pixels of an image that exists. The
-later scene is read where it lies under each window, reduced to about the window's scale if it is finer, and sampled
-there: bilinear for colours, nearest for validity. What the later scene does not cover is invalid.
+later scene is read where it lies under each window, averaged by whole factors if it is finer, and sampled there:
+bilinear for colours, nearest for validity. What the later scene does not cover is invalid.
 
 A shift that remains between the two (georeferences are off by a pixel or two) is measured and reported, never applied:
 whether it is an error of place or a change on the ground is not for this module to say.
@@ -111,8 +111,8 @@ class Pair:
 
             def read(region: Region, out_size: tuple[int, int]) -> PairPixels:
                 positions = self.positions(region, out_size)
-                scale = self._scale(region, out_size)
-                return PairPixels(read_before(region, out_size), _sampled(self.after, read_after, positions, scale))
+                factor = self._factor(region, out_size)
+                return PairPixels(read_before(region, out_size), _sampled(self.after, read_after, positions, factor))
 
             yield read
 
@@ -135,14 +135,14 @@ class Pair:
         found = _to_after(self.before, self.after, nodes.reshape(-1, 2)).reshape(nodes.shape)
         return _between(found, np.linspace(0, _NODES - 1, height), np.linspace(0, _NODES - 1, width))
 
-    def _scale(self, region: Region, out_size: tuple[int, int]) -> float:
-        """Pixels of `after` per pixel of a window at its middle, at least 1."""
+    def _factor(self, region: Region, out_size: tuple[int, int]) -> int:
+        """Whole pixels of `after` per pixel of a window at its middle, at least 1."""
         x, y = (region[0] + region[2]) / 2, (region[1] + region[3]) / 2
         across, down = (region[2] - region[0]) / out_size[0] / 2, (region[3] - region[1]) / out_size[1] / 2
         ends = np.array([[x - across, y], [x + across, y], [x, y - down], [x, y + down]])
         left, right, top, bottom = _to_after(self.before, self.after, ends)
         steps = [float(np.hypot(*step)) for step in (right - left, bottom - top)]
-        return max([1.0, *(step for step in steps if math.isfinite(step))])
+        return max([1, *(math.floor(step + 1e-6) for step in steps if math.isfinite(step))])
 
     def shift(self) -> Shift | None:
         """The shift between the two, or None where nothing in them tells.
@@ -219,8 +219,8 @@ def _shift_windows(width: int, height: int) -> Iterator[Region]:
 # --- warping ----------------------------------------------------------------------------------------------------------
 
 
-def _sampled(scene: Scene, read: ReadWindow, positions: np.ndarray, scale: float) -> Pixels:
-    """The scene's pixels at positions [H, W, 2] of it, which lie `scale` pixels apart.
+def _sampled(scene: Scene, read: ReadWindow, positions: np.ndarray, factor: int) -> Pixels:
+    """The scene's pixels, averaged over `factor` x `factor`, at positions [H, W, 2] of it.
 
     Invalid outside the scene and where it holds no data.
     """
@@ -228,12 +228,12 @@ def _sampled(scene: Scene, read: ReadWindow, positions: np.ndarray, scale: float
     height, width = inside.shape
     if not inside.any():
         return Pixels(np.zeros((height, width, 3), np.uint8), np.zeros((height, width), bool))
-    margin = math.ceil(scale) + 1
+    margin = factor + 1
     low = np.floor(positions[inside].min(axis=0)).astype(int) - margin
     high = np.ceil(positions[inside].max(axis=0)).astype(int) + margin
     x1, y1 = max(0, int(low[0])), max(0, int(low[1]))
     x2, y2 = min(scene.width, int(high[0])), min(scene.height, int(high[1]))
-    size = max(1, round((x2 - x1) / scale)), max(1, round((y2 - y1) / scale))
+    size = max(1, round((x2 - x1) / factor)), max(1, round((y2 - y1) / factor))
     window = read((x1, y1, x2, y2), size)
     # Positions among the centres of the pixels that were read.
     x = (positions[..., 0] - x1) * (size[0] / (x2 - x1)) - 0.5
