@@ -21,6 +21,7 @@ from typing import Protocol
 
 import numpy as np
 import rasterio
+from rasterio._err import CPLE_BaseError  # what escapes rasterio unwrapped; it has no public name
 from rasterio.abc import FileContainer
 from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
@@ -121,7 +122,7 @@ def opened(source: ByteSource, sidecars: Mapping[str, ByteSource]) -> Iterator[D
             with rasterio.open(f"scene/{_NAMES[driver]}", driver=driver, opener=folder) as dataset:
                 _check_declared(source, dataset, driver)
                 yield dataset
-        except (RasterioError, CRSError, UnicodeDecodeError) as error:
+        except (RasterioError, CRSError, CPLE_BaseError, UnicodeDecodeError) as error:
             folder.raise_kept()
             raise ImageError(f"{source.name} cannot be read by {driver}: {_reason(error)}") from error
         folder.raise_kept()
@@ -303,5 +304,6 @@ def _reason(error: Exception) -> str:
         cause = cause.__cause__
     text = str(getattr(cause, "errmsg", cause))
     text = "".join(character if character.isprintable() else " " for character in text)
-    words = [word for word in text.split() if "/vsi" not in word]
+    inner = {f"{name}:" for name in _NAMES.values()}
+    words = [word for word in text.split() if "/vsi" not in word and word not in inner]
     return f"{' '.join(words)[:300].rstrip('.: ')}. The file may be truncated or damaged."

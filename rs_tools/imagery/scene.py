@@ -23,6 +23,7 @@ from rs_tools.geometry.measures import Georeference
 from rs_tools.imagery.access import AccessPolicy, Source, Stamp, stamp_of
 from rs_tools.imagery.bands import BandChoice, BandInfo, choose_bands, guess_modality
 from rs_tools.imagery.formats import CACHE_BYTES, ByteSource, pixel_bytes
+from rs_tools.imagery.placing import Place, placed
 from rs_tools.imagery.remote import RemoteFile
 from rs_tools.imagery.stretch import Stretch, fit_stretch
 from rs_tools.results import Modality
@@ -30,13 +31,15 @@ from rs_tools.results import Modality
 Region = tuple[int, int, int, int]
 
 _SAMPLE_SIDE = 512
-# Above this many pixels, and without overviews, a sample of small windows stands for the whole scene.
+# Above this many pixels, in the smallest overview where there is one, a sample of small windows stands for the scene.
 _SAMPLE_WHOLE = 4096 * 4096
 _SAMPLE_WINDOWS = 8  # per axis
 _SAMPLE_WINDOW_SIDE = 64
 _DIGEST_CHUNK = 64 * 1024
 _DIGEST_CHUNKS = 64
 _SUPERSAMPLING = 4
+_UNDECLARED = 1e37  # nothing measures as much: the largest decimals stand for missing pixels
+_DESCRIPTION = 200  # characters of a band's description
 
 
 class Pixels(NamedTuple):
@@ -107,24 +110,24 @@ class Scene:
         with policy.file(source) as file, policy.dataset(source, file) as dataset:
             infos = _band_infos(dataset)
             choice = choose_bands(infos, bands)
-            stretch, sample = _stretch(dataset, choice)
+            sample = _sample(dataset, choice)
             modality, reason = guess_modality(infos, choice, PurePath(source.name).stem, sample)
-            crs_wkt = dataset.crs.to_wkt() if dataset.crs else None
-            georeference = crs_wkt and Georeference.of(crs_wkt, dataset.transform, dataset.width, dataset.height)
+            stretch = _stretch(dataset, choice, sample, radar=modality == "sar")
+            place = placed(dataset)
             return cls(
                 source=source,
                 width=dataset.width,
                 height=dataset.height,
                 bands=infos,
                 nodata=dataset.nodatavals[choice.indexes[0] - 1],
-                crs_wkt=crs_wkt,
-                georeference=georeference or None,
+                crs_wkt=place.crs_wkt,
+                georeference=place.georeference,
                 choice=choice,
                 stretch=stretch,
                 modality=modality,
                 modality_reason=reason,
                 digest=_digest(file, stamp),
-                warnings=tuple(_warnings(dataset, choice, georeference or None)),
+                warnings=tuple(_warnings(dataset, choice, place)),
                 _policy=policy,
                 _stamp=stamp,
             )
@@ -196,33 +199,45 @@ class Scene:
 
 def _band_infos(dataset: DatasetReader) -> tuple[BandInfo, ...]:
     return tuple(
-        BandInfo(index, description or "", color.name, dtype)
+        BandInfo(index, "".join(filter(str.isprintable, description or ""))[:_DESCRIPTION], color.name, dtype)
         for index, description, color, dtype in zip(
             dataset.indexes, dataset.descriptions, dataset.colorinterp, dataset.dtypes, strict=True
         )
     )
 
 
-def _stretch(dataset: DatasetReader, choice: BandChoice) -> tuple[Stretch, np.ndarray | None]:
-    """The scene's stretch, and the sample [C, N] that it was fitted to where one was needed."""
-    first = choice.indexes[0]
-    eight_bit = all(dataset.dtypes[index - 1] == "uint8" for index in choice.indexes)
-    if dataset.colorinterp[first - 1].name == "palette" and len(choice.indexes) == 1:
-        colors = dataset.colormap(first)
+def _sample(dataset: DatasetReader, choice: BandChoice) -> np.ndarray | None:
+    """Valid values [C, N] of the chosen bands from all over the scene; None where colours need no stretch."""
+    if _is_palette(dataset, choice) or (_eight_bit(dataset, choice) and choice.declared):
+        return None
+    parts = [_read(dataset, choice, window, size) for window, size in _sample_windows(dataset)]
+    return np.concatenate([values[:, valid] for values, valid in parts], axis=1)
+
+
+def _stretch(dataset: DatasetReader, choice: BandChoice, sample: np.ndarray | None, *, radar: bool) -> Stretch:
+    if _is_palette(dataset, choice):
+        colors = dataset.colormap(choice.indexes[0])
         table = np.zeros((max(colors) + 1, 4), np.uint8)
         table[list(colors)] = list(colors.values())
-        return Stretch("palette", palette=table), None
-    if eight_bit and choice.declared:
-        return Stretch("none"), None
-    parts = [_read(dataset, choice, window, size) for window, size in _sample_windows(dataset)]
-    sample = np.concatenate([values[:, valid] for values, valid in parts], axis=1)
-    return fit_stretch(sample, eight_bit=eight_bit), sample
+        return Stretch("palette", palette=table)
+    if sample is None:
+        return Stretch("none")
+    return fit_stretch(sample, eight_bit=_eight_bit(dataset, choice), radar=radar)
+
+
+def _is_palette(dataset: DatasetReader, choice: BandChoice) -> bool:
+    return len(choice.indexes) == 1 and dataset.colorinterp[choice.indexes[0] - 1].name == "palette"
+
+
+def _eight_bit(dataset: DatasetReader, choice: BandChoice) -> bool:
+    return all(dataset.dtypes[index - 1] == "uint8" for index in choice.indexes)
 
 
 def _sample_windows(dataset: DatasetReader) -> Iterator[tuple[Window, tuple[int, int]]]:
     """Windows and output sizes that together show the scene: one overview, or a grid of small windows."""
     width, height = dataset.width, dataset.height
-    if dataset.overviews(1) or width * height <= _SAMPLE_WHOLE:
+    shrunk = max(dataset.overviews(1), default=1)
+    if width * height / shrunk**2 <= _SAMPLE_WHOLE:
         scale = max(1.0, max(width, height) / _SAMPLE_SIDE)
         yield _window(0, 0, width, height), (max(1, round(width / scale)), max(1, round(height / scale)))
         return
@@ -301,7 +316,8 @@ def _read_decimals(
     values = dataset.read(list(choice.indexes), window=window, out_shape=shape)
     if np.iscomplexobj(values):
         values = np.abs(values)
-    valid = _valid(dataset, choice, window, shape) & np.isfinite(values).all(axis=0)
+    # False for NaN as well
+    valid = _valid(dataset, choice, window, shape) & (np.abs(values) < _UNDECLARED).all(axis=0)
     cells = (height, fine_y, width, fine_x)
     count = valid.reshape(cells).sum(axis=(1, 3))
     total = np.where(valid, values, 0).reshape(len(values), *cells).sum(axis=(2, 4), dtype=np.float64)
@@ -316,17 +332,19 @@ def _valid(dataset: DatasetReader, choice: BandChoice, window: Window, shape: tu
     return (masks > 0).any(axis=0)
 
 
-def _warnings(dataset: DatasetReader, choice: BandChoice, georeference: Georeference | None) -> Iterator[str]:
+def _warnings(dataset: DatasetReader, choice: BandChoice, place: Place) -> Iterator[str]:
     if choice.warning:
         yield choice.warning
-    if georeference:
-        return
-    if dataset.crs is None and dataset.gcps[0]:
-        yield "The image has ground control points only; warp it first (gdalwarp) to get places on Earth."
-    elif dataset.crs is None:
-        yield "The image has no coordinate reference system: answers are in pixels, without places on Earth."
-    else:
-        yield "The coordinate reference system or transform gives no place on Earth: answers are in pixels."
+    yield from place.warnings
+    if (orientation := dataset.tags().get("EXIF_Orientation", "1").strip()) not in ("", "0", "1"):
+        yield (
+            f"The photo asks to be turned for display (EXIF orientation {orientation[:4]}); it is read, and its pixels "
+            "are counted, as it is stored."
+        )
+    if len(dataset.subdatasets) > 1:
+        yield f"The file holds {len(dataset.subdatasets)} images; the first one is read."
+    if dataset.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES":
+        yield "The file stores white as 0 (MINISWHITE), so that its picture is shown as a negative."
 
 
 def _digest(file: ByteSource, stamp: Stamp) -> str:

@@ -2,8 +2,9 @@
 
 The rule: a palette is looked up; 8-bit imagery that the file declares as red, green, blue stays as it is, and so does
 other 8-bit data whose values already fill the range; everything else is stretched linearly between the 2nd and 98th
-percentile of each band over the valid pixels. A single band whose values are spread as radar amplitudes are goes
-through decibels first.
+percentile of each band over the valid pixels. Radar amplitudes and intensities go through decibels first; whether a
+value is an amplitude or an intensity only changes the decibels by a factor, which the limits absorb. Values that are
+decibels already (some are negative) are stretched as they are, and so is 8-bit radar, which somebody stretched before.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-
-from rs_tools.imagery.bands import heavy_tailed
 
 _PERCENTILES = (2.0, 98.0)
 _FULL_ENOUGH = 96  # grey levels between the percentiles, of 255
@@ -60,12 +59,13 @@ class Stretch:
         return (band.astype(np.float64) - low) * (255 / (high - low))
 
 
-def fit_stretch(sample: np.ndarray, *, eight_bit: bool) -> Stretch:
+def fit_stretch(sample: np.ndarray, *, eight_bit: bool, radar: bool) -> Stretch:
     """The stretch of a scene.
 
     Args:
         sample: float [C, N] valid values of the chosen bands from all over the scene; N may be 0.
         eight_bit: the file's type is uint8 (the values were not declared to be colours).
+        radar: the values are radar backscatter.
     """
     if sample.shape[1] == 0:
         return Stretch("none")
@@ -73,9 +73,8 @@ def fit_stretch(sample: np.ndarray, *, eight_bit: bool) -> Stretch:
         low, high = np.percentile(sample, _PERCENTILES)
         if high - low >= _FULL_ENOUGH:
             return Stretch("none")
-    elif len(sample) == 1 and heavy_tailed(sample):
-        positive = sample[sample > 0]
-        return Stretch("decibel", _limits(_decibels(positive, floor=float(positive.min()))[None]))
+    elif radar and sample.min() >= 0 and (sample > 0).any(axis=1).all():
+        return Stretch("decibel", tuple(_limits(_decibels(band[band > 0], floor=0)[None])[0] for band in sample))
     return Stretch("linear", _limits(sample))
 
 

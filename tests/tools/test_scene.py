@@ -147,7 +147,8 @@ def test_complex_radar_values_are_shown_by_their_magnitude(tmp_path: Path) -> No
     values[:, :, 4:] = 6 + 8j
     scene = opened(write(tmp_path / "a.tif", values))
     assert scene.modality == "sar"
-    assert scene.stretch.limits == ((5.0, 10.0),)
+    assert scene.stretch.kind == "decibel"
+    assert scene.stretch.limits == (pytest.approx((10 * np.log10(5), 10)),)
     assert whole(scene).rgb[0, :, 0].tolist() == [0] * 4 + [255] * 4
 
 
@@ -355,11 +356,12 @@ def test_a_local_crs_gives_no_place_and_says_so(tmp_path: Path) -> None:
     assert any("no place on Earth" in warning for warning in scene.warnings)
 
 
-def test_ground_control_points_alone_are_named_with_the_remedy(tmp_path: Path) -> None:
+def test_ground_control_points_that_no_transform_fits_are_named_with_the_remedy(tmp_path: Path) -> None:
     points = [GroundControlPoint(row=r, col=c, x=10 + c / 100, y=50 - r / 100) for r in (0, 8) for c in (0, 8)]
+    points[0] = GroundControlPoint(row=0, col=0, x=10.1, y=50)
     scene = opened(write(tmp_path / "a.tif", noise(1, 9, 9), gcps=points, crs="EPSG:4326"))
     assert scene.georeference is None
-    assert any("gdalwarp" in warning for warning in scene.warnings)
+    assert any("misses one by" in warning and "gdalwarp" in warning for warning in scene.warnings)
 
 
 def test_a_crs_without_epsg_code_still_gives_places() -> None:
