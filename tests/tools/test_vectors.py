@@ -22,7 +22,7 @@ def georeference(epsg: int, transform: Affine, size: tuple[int, int] = (100, 100
     return found
 
 
-def holed(outer: tuple[float, ...], inner: tuple[float, ...]) -> shapely.Polygon:
+def holed(outer: tuple[float, float, float, float], inner: tuple[float, float, float, float]) -> shapely.Polygon:
     return shapely.Polygon(shapely.box(*outer).exterior, [shapely.box(*inner).exterior])
 
 
