@@ -135,7 +135,7 @@ class Window:
 
     def image(self, source: np.ndarray) -> Tensor:
         """uint8 [H, W, 3] -> uint8 [3, side, side]."""
-        x = torch.from_numpy(np.ascontiguousarray(self.cut(source, GREY))).permute(2, 0, 1)[None]
+        x = torch.from_numpy(np.array(self.cut(source, GREY))).permute(2, 0, 1)[None]
         if self.size != self.side:
             x = F.interpolate(x, (self.side, self.side), mode="bilinear", antialias=True)
         return self.turned(x[0])

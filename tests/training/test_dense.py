@@ -1,0 +1,281 @@
+"""Stage `dense` on small pictures made here: views, losses, learning, resuming, and the checkpoint that comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model_server.checkpoints.store import WeightsError, load_checkpoint
+from model_server.model.config import debug
+from model_server.model.dense import Found, early_maps
+from model_server.model.vision import Backbone
+from model_server.training.concepts import CONCEPTS, absent, boxed, every_phrase, masked
+from model_server.training.dense import DenseRun, DenseTrainer, trapezoid
+from model_server.training.dense_data import (
+    BOX_SETS,
+    CHANGE_SETS,
+    MASK_SETS,
+    Boxes,
+    PhraseBank,
+    Scene,
+    Views,
+    Window,
+    read_scenes,
+    relit,
+)
+from model_server.training.dense_losses import box_losses, box_maps
+from model_server.training.dense_validation import figures, fit_calibration, gather
+from model_server.training.records import Record
+
+SIDE = 64
+
+
+def write_set(root: Path, name: str, rng: np.random.Generator) -> None:
+    """White squares on dark ground: ships with boxes, roads with masks, or changes."""
+    folder = root / name
+    folder.mkdir(parents=True)
+    rows = []
+    for i in range(6):
+        ground = rng.integers(20, 60, (SIDE, SIDE, 3)).astype(np.uint8)
+        picture, mask = ground.copy(), np.zeros((SIDE, SIDE), np.uint8)
+        x, y = (int(v) for v in rng.integers(4, 36, 2))
+        picture[y : y + 20, x : x + 20] = 230
+        mask[y : y + 20, x : x + 20] = 1
+        row = {"id": f"{name}_{i}", "split": "val" if i >= 4 else "train", "images": [f"{i}.png"],
+               "width": SIDE, "height": SIDE, "modality": "sar" if "sar" in name else "optical"}  # fmt: skip
+        Image.fromarray(picture).save(folder / f"{i}.png")
+        Image.fromarray(mask if name in MASK_SETS else mask * 255).save(folder / f"{i}_mask.png")
+        if name in CHANGE_SETS and name != "ucm":
+            Image.fromarray(ground).save(folder / f"{i}_before.png")
+            row |= {"images": [f"{i}_before.png", f"{i}.png"], "change_mask": f"{i}_mask.png"}
+        elif name in MASK_SETS and name != "ucm":
+            label = {"epfl_roads": "road", "flood": "water", "amazon_forest": "forest"}.get(name, "ship")
+            row |= {"mask": f"{i}_mask.png", "mask_classes": {"0": "background", "1": label}}
+        if name in BOX_SETS and name != "ucm":
+            label = {"neon_trees": "tree", "estonia_aerial": "car"}.get(name, "ship")
+            row["objects"] = [{"label": label, "bbox": [x, y, x + 20, y + 20]}]
+        if name == "ucm":
+            row |= {"scene": "forest", "presence": {"ship": False, "trees": True, "water": False, "sea": False}}
+        rows.append(json.dumps(row))
+    (folder / "records.jsonl").write_text("\n".join(rows) + "\n")
+
+
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root, rng = tmp_path_factory.mktemp("dense_data"), np.random.default_rng(0)
+    for name in sorted({*BOX_SETS, *MASK_SETS, *CHANGE_SETS}):
+        write_set(root, name, rng)
+    return root
+
+
+def start_run(folder: Path) -> None:
+    """What stage `vision` leaves behind, untrained."""
+    torch.manual_seed(0)
+    backbone = {f"backbone.{k}": v for k, v in Backbone(debug().backbone).state_dict().items()}
+    vocabulary: dict[str, list[str]] = {"labels": [], "objects": [], "concepts": []}
+    torch.save({"average": backbone, "vocabulary": vocabulary}, folder / "vision.pt")
+
+
+def settings(data: Path, run: Path, **other: object) -> DenseRun:
+    small = DenseRun(data=data, run=run, config="debug", steps=6, batch=3, side=SIDE, bf16=False, validate_minutes=1e6)
+    return dataclasses.replace(small, **other)  # pyright: ignore[reportArgumentType]
+
+
+def bank() -> PhraseBank:
+    return PhraseBank({p: torch.nn.functional.one_hot(torch.tensor(i % 24), 24).float()
+                       for i, p in enumerate(every_phrase())})  # fmt: skip
+
+
+@pytest.mark.parametrize("turn", range(8))
+def test_boxes_turn_with_the_picture(turn: int) -> None:
+    source = np.zeros((50, 70, 3), np.uint8)
+    source[20:32, 30:38] = 255
+    window = Window(16, 8, 32, 64, turn)
+    seen = window.image(source)[0] > 127
+    rows, columns = torch.nonzero(seen, as_tuple=True)
+    x1, y1, x2, y2 = window.corners(np.array([[30, 20, 38, 32]], np.float32))[0]
+    edges = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
+    assert np.abs(np.array(edges) - [x1, y1, x2, y2]).max() <= 1
+
+
+def test_a_window_over_the_edge_is_grey_there_and_does_not_count() -> None:
+    window = Window(-8, 0, 32, 32)
+    source = np.full((16, 40, 3), 200, np.uint8)
+    assert window.image(source)[:, 0, :8].unique().tolist() == [127]
+    inside = window.plane(np.ones((16, 40), bool))
+    assert inside[:16, 8:].min() == 1
+    assert inside[:, :8].max() == 0
+    assert inside[16:].max() == 0
+
+
+def test_other_light_changes_values_and_leaves_edges_where_they_are() -> None:
+    image = torch.full((3, 16, 16), 60, dtype=torch.uint8)
+    image[:, :, 8:] = 180
+    out = relit(image, np.random.default_rng(3))
+    assert not torch.equal(out, image)
+    assert all(len(out[c, :, :8].unique()) == 1 and len(out[c, :, 8:].unique()) == 1 for c in range(3))
+
+
+def record(name: str, **other: object) -> Record:
+    return Record(id="x", set=name, split="train", images=(), width=9, height=9, **other)  # pyright: ignore[reportArgumentType]
+
+
+def test_what_a_set_may_hold_without_a_label_is_never_a_counter_example() -> None:
+    assert not {"tree", "road", "water"} & absent(record("estonia_aerial"))
+    assert "car" not in absent(record("epfl_roads"))
+    assert "ship" in absent(record("neon_trees"))
+    assert {"ship"} == boxed(record("inshore_ships"))
+
+
+def test_presence_of_a_whole_image_says_what_is_absent() -> None:
+    said = absent(record("ucm", presence={"ship": False, "cars": True, "water": True, "sea": False}))
+    assert "ship" in said
+    assert not {"car", "water"} & said
+
+
+def test_sea_in_radar_images_is_all_but_land_and_ships() -> None:
+    classes = {0: "background", 1: "oil_spill", 2: "look_alike", 3: "ship", 4: "land"}
+    known = masked(record("oil_spill_sar", mask_classes=classes, modality="sar"))
+    assert known["water"] == {0, 1, 2}
+    assert known["oil spill"] == {1}
+    assert "ship" not in known  # tiny ones are unlabelled there
+
+
+def test_no_held_out_phrase_is_trained_on() -> None:
+    assert not set(every_phrase()) & set(every_phrase(held_out=True))
+    assert all(c.held_out for c in CONCEPTS.values())
+
+
+def test_views_ask_for_what_is_there_and_for_what_is_not(small_data: Path) -> None:
+    views = Views(read_scenes(small_data, BOX_SETS, "train"), BOX_SETS, bank())
+    batch = views.boxes(np.random.default_rng(0), 24, SIDE)
+    assert batch.images.shape == (24, 3, SIDE, SIDE)
+    asked = torch.cat([m.any(1) for m in batch.meant if m.shape[1]])
+    assert asked.any()
+    assert not asked.all()
+    for boxes in batch.boxes:
+        assert not len(boxes) or (float(boxes.min()) >= 0 and float(boxes.max()) <= SIDE)
+
+
+def test_the_heat_is_one_at_the_cell_nearest_to_the_centre_only() -> None:
+    heat, weight = box_maps(torch.tensor([[8.0, 8.0, 40.0, 24.0]]), 16, 16)
+    assert torch.nonzero(heat[0] == 1).tolist() == [[3, 5]]  # (23.5, 15.5) is next to (24, 16)
+    assert weight[0, 3, 5] == 1
+    x = (torch.arange(16) * 4 + 3.5) < 8
+    assert weight[0][:, x].max() == 0
+
+
+def test_the_losses_are_lowest_for_the_truth() -> None:
+    truth = torch.tensor([[8.0, 8.0, 40.0, 24.0]])
+    batch = Boxes(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.zeros(1, 2, 4), [truth],
+                  [torch.tensor([[True], [False]])], [torch.tensor([True])])  # fmt: skip
+    heat, _ = box_maps(truth, 16, 16)
+    x = torch.arange(16) * 4 + 3.5
+    left, right = (x - 8)[None].expand(16, -1), (40 - x)[None].expand(16, -1)
+    top, bottom = (x - 8)[:, None].expand(-1, 16), (24 - x)[:, None].expand(-1, 16)
+    distances = torch.stack((left, top, right, bottom))[None].clamp(min=0.1)
+    logits = torch.full((1, 2, 16, 16), -8.0)
+    logits[0, 0][heat[0] == 1] = 8.0
+    right_one = box_losses(Found(logits, distances, torch.full((1, 16, 16), 8.0)), batch)
+    wrong = box_losses(Found(logits.flip(1), distances.flip(3), torch.full((1, 16, 16), 8.0)), batch)
+    assert float(right_one["heat"]) < 0.01
+    assert float(right_one["box"]) < 0.01
+    assert all(float(wrong[k]) > float(right_one[k]) + 0.1 for k in ("heat", "box"))
+
+
+def test_a_fragment_at_the_edge_is_neither_object_nor_background() -> None:
+    truth = torch.tensor([[8.0, 8.0, 40.0, 24.0]])
+    batch = Boxes(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.zeros(1, 1, 4), [truth],
+                  [torch.tensor([[True]])], [torch.tensor([False])])  # fmt: skip
+    logits = torch.full((1, 1, 16, 16), -8.0)
+    logits[0, 0, 3, 5] = 8.0
+    found = Found(logits, torch.ones(1, 4, 16, 16), torch.zeros(1, 16, 16))
+    assert float(box_losses(found, batch)["heat"]) < 0.01
+    background = dataclasses.replace(batch, meant=[torch.tensor([[False]])])
+    assert float(box_losses(found, background)["heat"]) > 1
+
+
+def test_the_rate_rises_stays_and_falls() -> None:
+    rates = [trapezoid(step, 100, 10, 0.4) for step in (0, 9, 50, 80, 99)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[1] == rates[2] == 1
+    assert 1 > rates[3] > rates[4] > 0
+
+
+def test_the_stage_learns_all_three_tasks_and_fills_a_checkpoint(
+    small_data: Path, tmp_path: Path, debug_weights: Path
+) -> None:
+    start_run(tmp_path)
+    trainer = DenseTrainer(settings(small_data, tmp_path, steps=150, rate=3e-3, head_rate=6e-3, ema=0.9))
+    trainer.fit()
+    lines = [json.loads(line) for line in (tmp_path / "dense.jsonl").read_text().splitlines()]
+    losses, last = [line for line in lines if "heat" in line], lines[-1]["val"]
+    for term, share in (("heat", 0.8), ("mask", 0.8), ("change", 0.8), ("box", 1.0)):
+        assert losses[-1][term] < share * losses[0][term], term
+    assert last["sztaki_air f1"] > 0.3
+
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    for file in debug_weights.iterdir():
+        (weights / file.name).write_bytes(file.read_bytes())
+    before = load_checkpoint(weights)
+    assert before.dense is None
+    calibration = trainer.export(weights)
+    after = load_checkpoint(weights)
+    assert after.dense is not None
+    assert after.dense_calibration == calibration
+    assert after.digest != before.digest
+    x = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    phrases = torch.randn(1, 2, 24)
+    with torch.no_grad():
+        early = early_maps(trainer.backbone, x, 2)
+        mine, loaded = (b.segment(b.features(b.maps(early)), phrases) for b in (trainer.average, after.dense))
+    torch.testing.assert_close(mine, loaded, atol=0.05, rtol=0.02)  # half precision between them
+    (weights / "dense.safetensors").write_bytes(b"nothing")
+    with pytest.raises(WeightsError, match=r"dense\.safetensors"):
+        load_checkpoint(weights)
+
+
+def test_a_run_that_was_cut_off_resumes_to_the_same_weights(small_data: Path, tmp_path: Path) -> None:
+    weights = []
+    for stops in ([6], [3, 6]):
+        run = tmp_path / str(len(stops))
+        run.mkdir()
+        start_run(run)
+        for stop in stops:
+            trainer = DenseTrainer(settings(small_data, run))
+            views = {
+                task: Views(read_scenes(small_data, sets, "train"), sets, PhraseBank(trainer.vectors))
+                for task, sets in (("boxes", BOX_SETS), ("masks", MASK_SETS), ("change", CHANGE_SETS))
+            }
+            while trainer.step < stop:
+                trainer.train_step(views)
+            trainer.save()
+        weights.append(trainer.average.box_out.weight.clone())
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-6, rtol=0)
+
+
+def test_figures_and_thresholds_come_from_the_same_predictions(small_data: Path, tmp_path: Path) -> None:
+    start_run(tmp_path)
+    looker = DenseTrainer(settings(small_data, tmp_path)).looker()
+    scenes = [s for s in read_scenes(small_data, {k: v for k, v in BOX_SETS.items() if k != "ucm"}, "val")]
+    scenes += read_scenes(small_data, {"oscd": CHANGE_SETS["oscd"]}, "val")
+    found = gather(looker, scenes)
+    said, fitted = figures(found), fit_calibration(found)
+    assert {"inshore_ships/ship ap50", "oscd f1", "still changed", "hrsid_sar/ship iou"} <= said.keys()
+    assert {"default", "coarse"} <= fitted.change.keys()
+    assert all(0 <= v <= 1 for table in (fitted.detect, fitted.mask, fitted.change) for v in table.values())
+
+
+def test_a_scene_is_decoded_with_its_mask(small_data: Path) -> None:
+    scene = read_scenes(small_data, {"epfl_roads": MASK_SETS["epfl_roads"]}, "train")[0]
+    assert isinstance(scene, Scene)
+    assert scene.mask is not None
+    assert set(np.unique(scene.mask)) == {0, 1}
+    assert len(scene.images) == 1
