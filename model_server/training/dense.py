@@ -61,6 +61,23 @@ def trapezoid(step: int, steps: int, warm_up: int, fall: float) -> float:
     return min((step + 1) / warm_up, 1.0, max((steps - step) / max(fall * steps, 1), 0.0))
 
 
+def keep_float32(branch: DenseBranch) -> None:
+    """Take the wide depthwise convolutions out of autocast: their bf16 gradient is three times slower on a CPU."""
+
+    def exempt(conv: nn.Module) -> None:
+        plain = conv.forward
+
+        def forward(x: Tensor) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return plain(x.float())
+
+        conv.forward = forward
+
+    for module in branch.blocks.modules():
+        if isinstance(module, nn.Conv2d) and module.groups > 1 and module.kernel_size[0] > 3:
+            exempt(module)
+
+
 class DenseTrainer:
     """The state of one run: branch, moving average, optimiser and step."""
 
@@ -79,6 +96,8 @@ class DenseTrainer:
         self.branch.requires_grad_(True).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.backbone = backbone.to(torch.bfloat16 if run.bf16 else torch.float32).channels_last()
         self.average = copy.deepcopy(self.branch).eval().requires_grad_(False)
+        if run.bf16:
+            keep_float32(self.branch)
         encoder, tokenizer = sentence_parts(self.config)
         phrases = every_phrase() + every_phrase(held_out=True)
         self.vectors = dict(zip(phrases, sentence_vectors(encoder, tokenizer, phrases), strict=True))
