@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from model_server.model.config import DetailConfig, ViTConfig
 from model_server.model.vit import VisionTransformer
 
+PER_PASS = 32  # windows: enough to fill a GPU, few enough to bound memory however many images come
+
 
 class WindowsDoNotFit(ValueError):
     """The tower's patches and the window scales do not give every scale the same grid of tokens."""
@@ -112,13 +114,14 @@ def stitch(tokens: Tensor, scale: Scale, batch: int, zero_edges: bool) -> Tensor
 def detail_stacks(tower: VisionTransformer, canvas: Tensor, config: DetailConfig) -> Tensor:
     """Normalised canvases [B, 3, S, S] -> stacks [B, K, V, W], ordered by scale, tap, row phase and column phase.
 
-    All windows of all images and scales go through the tower in one batch.
+    All windows of all images and scales make one batch, which passes the tower `PER_PASS` windows at a time.
     """
     scales = plan(config, tower.config)
     windows = [cut_windows(canvas, s, config) for s in scales]
-    states = tower(torch.cat(windows), config.taps)
+    passes = [tower(part, config.taps) for part in torch.cat(windows).split(PER_PASS)]
     sizes = [len(w) for w in windows]
-    by_scale = zip(*(states[tap].split(sizes) for tap in config.taps), strict=True)  # scale -> a tensor per tap
+    states = [torch.cat([found[tap] for found in passes]).split(sizes) for tap in config.taps]
+    by_scale = zip(*states, strict=True)  # scale -> a tensor per tap
     phases = range(config.factor)
     stacks = []
     for scale, tapped in zip(scales, by_scale, strict=True):

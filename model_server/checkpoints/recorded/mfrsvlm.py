@@ -41,9 +41,9 @@ def compare(folder: Path, checkpoint: Path, comparison: Comparison) -> Report:
 class _Cases:
     def __init__(self, folder: Path, model: LlavaVLM, comparison: Comparison) -> None:
         self.model, self.comparison = model, comparison
-        self.inputs: dict[str, Tensor] = {}
-        for name in ("inputs", "pixels_px1", "pixels_px2"):
-            self.inputs |= _load(folder / f"{name}.safetensors")
+        self.inputs = _load(folder / "inputs.safetensors")
+        for path in sorted(folder.glob("pixels_*.safetensors")):
+            self.inputs |= _load(path)
         listed = read_json(folder / "cases.json")["cases"]
         self.recorded = {
             f"{case}/{name}": tensor
@@ -55,7 +55,8 @@ class _Cases:
 
     def run(self) -> None:
         prompts = {case: self._prompt(case) for case in INPUTS if self._has(case)}
-        self._views()
+        if "c1" in prompts:
+            self._views()
         for case, prompt in prompts.items():
             self._forward(case, prompt)
             self._generate(case, prompt)
@@ -76,10 +77,12 @@ class _Cases:
         ids = self.inputs[names[0]]
         mask = self.inputs["am_batch"].bool() if names[0] == "ids_batch" else torch.ones_like(ids, dtype=torch.bool)
         rows = [row[keep] for row, keep in zip(ids, mask, strict=True)]
-        encoded = []
-        if names[1] is not None:
+        encoded, details = [], self.model.config.details
+        if names[1] is not None and details is not None:
             pixels = self.inputs[names[1]]
-            encoded = self.model.encode([pixels if pixels.ndim == 4 else pixels[None]])
+            pixels = pixels if pixels.ndim == 4 else pixels[None]
+            self._strided(f"{case}/low_res_strided", global_view(pixels, details))
+            encoded = self.model.encode([pixels])
         prompt = self.model.prompt(rows, [encoded if i == 0 else [] for i in range(len(rows))])
         self._same("embeddings", f"{case}/merged_attention_mask", prompt.real.long())
         if prompt.details is not None:
@@ -99,11 +102,9 @@ class _Cases:
         assert details is not None
         pixels = self.inputs["px1"]
         view, canvas = global_view(pixels, details), canvas_of(pixels, details.canvas)
-        self._strided("c1/low_res_strided", view)
         self._strided("c1/canvas_strided", canvas)
         for i, scale in enumerate(plan(details, model.config.vision)):
             self._strided(f"c1/patches_level{i}_strided", cut_windows(canvas, scale, details))
-        self._strided("c4/low_res_strided", global_view(self.inputs["nonsquare"][None], details))
         feature = model.config.feature
         tokens = model.tower(view, (feature,))[feature]
         self._same("features", "c1/global_raw", tokens)
