@@ -242,8 +242,9 @@ class ArtifactStore:
 class MaskWriter:
     """Writes a mask from the top; made by `ArtifactStore.mask`.
 
-    The file is a Cloud Optimized GeoTIFF: uint8, tiled, with overviews, nodata 255 and a colour table. Class names are
-    tags of the band (`CLASS_1` ...), and category names in the sidecar `NAME.aux.xml`, where QGIS and GDAL look.
+    The file is a Cloud Optimized GeoTIFF: uint8, tiled, with overviews, nodata 255 and a colour table (TIFF has no
+    transparency in it: 0, no class, is black). Class names are tags of the band (`CLASS_1` ...), and category names in
+    the sidecar `NAME.aux.xml`, where QGIS and GDAL look.
     """
 
     def __init__(
@@ -298,7 +299,7 @@ class MaskWriter:
                 bigtiff="if_safer",
                 **self._place,
             )
-            self._file.write_colormap(1, {0: (0, 0, 0, 0)} | {v: (*class_color(v), 255) for v in self._classes})
+            self._file.write_colormap(1, {0: (0, 0, 0, 255)} | {v: (*class_color(v), 255) for v in self._classes})
             self._file.update_tags(1, **{f"CLASS_{value}": name for value, name in self._classes.items()})
         return self
 
@@ -344,7 +345,8 @@ class MaskWriter:
         with rasterio.Env(**_GDAL_OPTIONS), _reported("mask"):
             self._file.close()
             if self._written != self._height:
-                raise ValueError(f"the mask has {self._height} rows, {self._written} were written")
+                written = self._written + sum(len(part) for part in self._rows)
+                raise ValueError(f"the mask has {self._height} rows, {written} were written")
             copy(
                 self._raw,
                 self._path,

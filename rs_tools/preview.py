@@ -101,8 +101,11 @@ def _sheet(
         shares = np.bincount(mask.ravel(), minlength=256) / max(1, int((mask != 255).sum()))
         entries += [(class_color(value), f"{name} {shares[value]:.1%}") for value, name in classes.items()]
     counts = Counter(one.label for one in objects)
-    colors = {label: class_color(i + 1) for i, label in enumerate(counts)}
-    entries += [(colors[label], f"{label} \u00d7{count}") for label, count in counts.most_common()]
+    values = {name: value for value, name in classes.items()}  # an object of a class has its colour, others a new one
+    for label, _ in counts.most_common():
+        values.setdefault(label, max(values.values(), default=0) + 1)
+    colors = {label: class_color(values[label]) for label in counts}
+    entries += [(colors[label], f"{label} ({count})") for label, count in counts.most_common()]
     frame = TileFrame(region, size)
     _draw_objects(image, frame, objects, colors)
     return _with_footer(image, entries, None if gsd_m is None else gsd_m * float(frame.scale[0]))

@@ -119,7 +119,9 @@ class MaskOutliner:
             return np.full(self.width, -1)
         place = Affine.translation(self.origin[0], y)
         numbered = [(pieces[i], i) for i in there]
-        return rasterize(numbered, (1, self.width), fill=-1, transform=place, dtype="int32")[0]
+        numbers = np.full((1, self.width), -1, np.int32)
+        rasterize(numbered, out=numbers, transform=place)
+        return numbers[0]
 
     def _joined(self, pieces: list[shapely.Polygon], values: list[int], first: np.ndarray) -> dict[int, int]:
         """The open area that each piece of the strip continues; areas that a piece connects become one."""
