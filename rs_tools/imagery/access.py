@@ -19,7 +19,7 @@ from typing import NamedTuple
 from rasterio.io import DatasetReader
 
 from rs_tools.errors import AccessError, ImageError
-from rs_tools.imagery.formats import ByteSource, opened, sidecar_names
+from rs_tools.imagery.formats import SIDECARS, ByteSource, opened
 from rs_tools.imagery.remote import RemoteFiles, RemoteImage
 
 EXTENSIONS = frozenset({".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".j2k", ".webp"})
@@ -120,8 +120,8 @@ class AccessPolicy:
         with ExitStack() as stack:
             sidecars: dict[str, ByteSource] = {}
             if isinstance(source, Path):
-                for ending, name in sidecar_names(source.name):
-                    if _is_file(beside := source.with_name(name)) and ending not in sidecars:
+                for ending in SIDECARS:
+                    if _is_file(beside := source.with_name(source.name + ending)):
                         sidecars[ending] = stack.enter_context(self._local(_real(beside)))
             yield stack.enter_context(opened(file, sidecars))
 

@@ -5,8 +5,9 @@ gets the image and the sidecar files that the access policy opened and checked; 
 is chosen by the first bytes from a short list, so that no virtual format (VRT, /vsi*, archives, web services) is ever
 consulted, and what a file declares about itself is held against limits before a pixel is decoded.
 
-Sidecar files that count: overviews (.ovr) and masks (.msk), which must be TIFF files, and .aux.xml, world files and
-RPC texts (_rpc.txt, .rpb), which are small. Files of other names beside an image are never looked at.
+Sidecar files that count: overviews (.ovr) and masks (.msk), which must be TIFF files, and .aux.xml, which is small.
+Files of other names beside an image are never looked at, world files and RPC texts included: GDAL reads those line by
+line, which it cannot do through Python, and without a coordinate reference system they give no place.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ _REFUSED: tuple[tuple[bytes, str], ...] = (
     (b"%PDF", "a PDF"),
 )
 READABLE = "GeoTIFF or COG (GTiff), PNG, JPEG, JPEG 2000 (JP2OpenJPEG) and WebP (WEBP)"
-# The name that GDAL sees; its ending decides on the names of world files.
+# The name that GDAL sees, in place of the file's own.
 _NAMES = {
     "GTiff": "image.tif",
     "PNG": "image.png",
@@ -70,6 +71,7 @@ MAX_SEQUENTIAL_PIXELS = 2**28
 # Even an empty block needs some bytes of index, so a tiny file cannot honestly hold an enormous image.
 _HONEST_BYTES = 2**30
 _HONEST_RATIO = 10**6
+SIDECARS = (".ovr", ".msk", ".aux.xml")
 MAX_TEXT_SIDECAR = 16 * 2**20
 
 CACHE_BYTES = 128 * 2**20  # of decoded blocks; the only thing that could grow with the size of a file
@@ -106,8 +108,7 @@ def opened(source: ByteSource, sidecars: Mapping[str, ByteSource]) -> Iterator[D
 
     Args:
         source: the image.
-        sidecars: files that belong to it, by what follows the image's name (`.ovr`, `.msk`, `.aux.xml`) or its stem
-            (`.tfw`, `_rpc.txt`, ...), as `sidecar_names` lists them.
+        sidecars: files that belong to it, by what follows the image's name: one of `SIDECARS`.
 
     Raises:
         AccessError: it names another file as its overview.
@@ -128,27 +129,11 @@ def opened(source: ByteSource, sidecars: Mapping[str, ByteSource]) -> Iterator[D
         folder.raise_kept()
 
 
-def sidecar_names(name: str) -> Iterator[tuple[str, str]]:
-    """(ending, file name) of the files that may belong to an image of this name; see `opened`."""
-    path = PurePosixPath(name)
-    for ending in (".ovr", ".msk", ".aux.xml"):
-        yield ending, name + ending
-    suffix = path.suffix[1:].lower()
-    worlds = {"wld", f"{suffix}w", f"{suffix[:1]}{suffix[-1:]}w"} if suffix else {"wld"}
-    for ending in (*(f".{world}" for world in sorted(worlds)), "_rpc.txt", ".rpb"):
-        yield ending, path.stem + ending
-        yield ending, path.stem + ending.upper()
-
-
 class _Folder(FileContainer):
     """The one folder that GDAL sees: the image and its sidecar files."""
 
     def __init__(self, name: str, source: ByteSource, sidecars: Mapping[str, ByteSource]) -> None:
-        stem = PurePosixPath(name).stem
-        self._files = {name: source}
-        for ending, sidecar in sidecars.items():
-            whole = ending in (".ovr", ".msk", ".aux.xml")
-            self._files[f"{name if whole else stem}{ending}"] = sidecar
+        self._files = {name: source} | {name + ending: sidecar for ending, sidecar in sidecars.items()}
         self._kept: list[Exception] = []
 
     def open(self, path: str, mode: str = "r", **_: object) -> _View:
@@ -252,7 +237,7 @@ def _looks_like(head: bytes) -> str:
 
 
 def _check_sidecar(ending: str, sidecar: ByteSource) -> None:
-    if ending not in (".ovr", ".msk"):
+    if ending == ".aux.xml":
         if sidecar.size > MAX_TEXT_SIDECAR:
             limit = MAX_TEXT_SIDECAR // 2**20
             raise ImageError(f"{sidecar.name} beside the image is larger than {limit} MiB; move it away.")

@@ -216,7 +216,10 @@ def _sample(dataset: DatasetReader, choice: BandChoice) -> np.ndarray | None:
 
 def _stretch(dataset: DatasetReader, choice: BandChoice, sample: np.ndarray | None, *, radar: bool) -> Stretch:
     if _is_palette(dataset, choice):
-        colors = dataset.colormap(choice.indexes[0])
+        try:
+            colors = dataset.colormap(choice.indexes[0])
+        except ValueError as error:
+            raise ImageError("The image's colours are said to be in a palette, and it has none.") from error
         table = np.zeros((max(colors) + 1, 4), np.uint8)
         table[list(colors)] = list(colors.values())
         return Stretch("palette", palette=table)
@@ -236,7 +239,7 @@ def _eight_bit(dataset: DatasetReader, choice: BandChoice) -> bool:
 def _sample_windows(dataset: DatasetReader) -> Iterator[tuple[Window, tuple[int, int]]]:
     """Windows and output sizes that together show the scene: one overview, or a grid of small windows."""
     width, height = dataset.width, dataset.height
-    shrunk = max(dataset.overviews(1), default=1)
+    shrunk = max([1, *dataset.overviews(1)])
     if width * height / shrunk**2 <= _SAMPLE_WHOLE:
         scale = max(1.0, max(width, height) / _SAMPLE_SIDE)
         yield _window(0, 0, width, height), (max(1, round(width / scale)), max(1, round(height / scale)))
@@ -254,7 +257,7 @@ def _window(x: float, y: float, width: float, height: float) -> Window:
 def _read(
     dataset: DatasetReader, choice: BandChoice, window: Window, out_size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Band values float32 [C, H, W] and validity bool [H, W] of a window.
+    """Band values [C, H, W], uint8 as they are and others as float32, and validity bool [H, W] of a window.
 
     Integers are averaged by GDAL, which leaves out nodata; a palette keeps its exact values. GDAL does not leave out
     NaN that the file does not declare, nor can it take the magnitude of complex values, so decimal and complex values
@@ -263,7 +266,8 @@ def _read(
     first = choice.indexes[0] - 1
     dtype = dataset.dtypes[first]
     palette = dataset.colorinterp[first].name == "palette"
-    values = np.empty((len(choice.indexes), out_size[1], out_size[0]), np.float32)
+    eight_bit = all(dataset.dtypes[index - 1] == "uint8" for index in choice.indexes)
+    values = np.empty((len(choice.indexes), out_size[1], out_size[0]), np.uint8 if eight_bit else np.float32)
     valid = np.empty(values.shape[1:], bool)
     for rows, columns, part in _parts(dataset, window, out_size):
         size = columns.stop - columns.start, rows.stop - rows.start
@@ -283,7 +287,7 @@ def _parts(dataset: DatasetReader, window: Window, out_size: tuple[int, int]) ->
     """
     width, height = out_size
     scale_x, scale_y = window.width / width, window.height / height
-    shrunk = max((factor for factor in dataset.overviews(1) if factor <= min(scale_x, scale_y)), default=1)
+    shrunk = max((factor for factor in dataset.overviews(1) if 1 <= factor <= min(scale_x, scale_y)), default=1)
     block_height, block_width = (side * shrunk for side in dataset.block_shapes[0])
     pixels = CACHE_BYTES / 3 / pixel_bytes(dataset) * shrunk**2
     part_width = min(window.width, max(block_width, pixels**0.5))
@@ -303,7 +307,7 @@ def _read_integers(
 ) -> tuple[np.ndarray, np.ndarray]:
     shape = (len(choice.indexes), out_size[1], out_size[0])
     values = dataset.read(list(choice.indexes), window=window, out_shape=shape, resampling=resampling)
-    return values.astype(np.float32), _valid(dataset, choice, window, shape)
+    return values, _valid(dataset, choice, window, shape)
 
 
 def _read_decimals(
