@@ -207,6 +207,40 @@ class LlavaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QwenVisionConfig:
+    """The vision tower of Qwen2.5-VL: attention within windows of `window` pixels, except in `full_layers` (0-based).
+
+    `merge` patches a side become one token; `frames` copies of a still image enter each patch.
+    """
+
+    width: int = 1280
+    layers: int = 32
+    heads: int = 16
+    ffn: int = 3420
+    patch: int = 14
+    frames: int = 2
+    merge: int = 2
+    window: int = 112
+    full_layers: tuple[int, ...] = (7, 15, 23, 31)
+    norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class QwenVLConfig:
+    """Qwen2.5-VL, with token-wise modulation of its visual tokens where `modulation` is given (FUSAR-GPT).
+
+    `image_token` is the id that stands for each visual token; images are squashed to `image_size` pixels a side.
+    """
+
+    name: str
+    vision: QwenVisionConfig
+    decoder: DecoderConfig
+    image_token: int
+    image_size: int = 504
+    modulation: ModulationConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The whole model. `labels` are the scenes it has learned by name, `merged_labels` pairs
     a label with its near-synonym that stands for both in the default taxonomy; `objects` are those of the presence

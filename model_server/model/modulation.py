@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from model_server.model.config import ModulationConfig
 
 _EPS = 1e-6
+_NOWHERE = 1e4  # so far off that padding has no weight, not even where masked anchors count ("twice")
 
 Grid = tuple[int, int]  # rows and columns of patches
 
@@ -47,7 +48,7 @@ class Anchors:
         """Pad the (vectors [S, V], positions [S, 2]) of each image; None where an image has no anchors."""
         most = max((len(image[0]) for image in images if image is not None), default=0)
         vectors = torch.zeros(len(images), most, width)
-        positions = torch.zeros(len(images), most, 2)
+        positions = torch.full((len(images), most, 2), _NOWHERE)
         mask = torch.zeros(len(images), most, dtype=torch.bool)
         for row, image in enumerate(images):
             if image is not None:
@@ -101,31 +102,35 @@ class TokenModulation(nn.Module):
         half = x.dtype in (torch.float16, torch.bfloat16)
         with torch.autocast(x.device.type, x.dtype if half else torch.bfloat16, enabled=half):
             film = self.film(anchors.vectors.to(next(self.film.parameters()).dtype)).to(x.dtype)  # [B, S, 2C], (1)
-            done = []
-            for i, tokens in enumerate(x.split(counts)):
-                weights = self.weights(grids[i], anchors.positions[i], anchors.mask[i])  # [S, H, W], (2)
-                field = weights.flatten(1).T @ film[i]  # [H*W, 2C], (3)
-                gamma, beta = self._to_tokens(field, grids[i]).chunk(2, -1)  # [n, C] each
-                known = anchors.mask[i].any()  # decided on the device, without waiting for it
-                done.append(torch.where(known, tokens * (1 + gamma) + beta, tokens))  # (4)
-        return torch.cat(done)
+            tokens = list(x.split(counts))
+            for grid in set(grids):  # images of one size together
+                rows = [i for i, other in enumerate(grids) if other == grid]
+                own = torch.stack([tokens[i] for i in rows])  # [b, n, C]
+                mask = anchors.mask[rows]
+                weights = self.weights(grid, anchors.positions[rows], mask)  # [b, S, H, W], (2)
+                field = weights.flatten(2).transpose(1, 2) @ film[rows]  # [b, H*W, 2C], (3)
+                gamma, beta = self._to_tokens(field, grid).chunk(2, -1)  # [b, n, C] each
+                known = mask.any(1)[:, None, None]  # decided on the device, without waiting for it
+                for i, done in zip(rows, torch.where(known, own * (1 + gamma) + beta, own), strict=True):  # (4)
+                    tokens[i] = done
+        return torch.cat(tokens)
 
     def weights(self, grid: Grid, positions: Tensor, mask: Tensor) -> Tensor:
-        """Equation (2): float32 [S, H, W] weights of anchors at positions [S, 2] on a grid of H x W patches."""
+        """Equation (2): float32 [..., S, H, W] weights of anchors at positions [..., S, 2] on H x W patches."""
         c = self.config
         spot = []
         for axis, side in enumerate(grid):
-            place = positions[:, axis].float()
+            place = positions[..., axis].float()
             # 0..1 spans the image from edge to edge, or (published) from the first patch's centre to the last's.
             place = place * (side - 1) if c.span == "centres" else place * side - 0.5
-            spot.append(place[:, None] - torch.arange(side, device=positions.device))  # [S, side]
-        squared = spot[0].square()[:, :, None] + spot[1].square()[:, None, :]  # [S, H, W]
+            spot.append(place[..., None] - torch.arange(side, device=positions.device))  # [..., S, side]
+        squared = spot[0].square()[..., :, None] + spot[1].square()[..., None, :]  # [..., S, H, W]
         weights = torch.exp(-squared / (2 * c.sigma**2))
-        real = mask[:, None, None].to(weights.dtype)
+        real = mask[..., None, None].to(weights.dtype)
         if c.normalise == "twice":  # published: padding counts in the first sum, and the rest is normalised again
-            weights = weights / (weights.sum(0, keepdim=True) + _EPS)
+            weights = weights / (weights.sum(-3, keepdim=True) + _EPS)
         weights = weights * real
-        return weights / (weights.sum(0, keepdim=True) + _EPS)
+        return weights / (weights.sum(-3, keepdim=True) + _EPS)
 
     def _tokens(self, grid: Grid) -> int:
         merge = self.config.merge
@@ -134,16 +139,17 @@ class TokenModulation(nn.Module):
         return grid[0] * grid[1] // merge**2
 
     def _to_tokens(self, field: Tensor, grid: Grid) -> Tensor:
-        """A field [H*W, 2C] over patches -> [n, 2C] over the merged tokens, row by row."""
+        """Fields [b, H*W, 2C] over patches -> [b, n, 2C] over the merged tokens, row by row."""
         c = self.config
         count = self._tokens(grid)
-        image = field.view(1, *grid, -1).permute(0, 3, 1, 2)  # [1, 2C, H, W]
+        image = field.unflatten(1, grid).permute(0, 3, 1, 2)  # [b, 2C, H, W]
         if c.resize == "mean":
-            return F.avg_pool2d(image, c.merge)[0].flatten(1).T
+            return F.avg_pool2d(image, c.merge).flatten(2).transpose(1, 2)
         # Published: resized to the squarest grid of about as many cells, which only for square images is their own.
         rows = round(count**0.5)
         size = rows, max(1, -(-count // rows))
-        cells = F.interpolate(image.contiguous(), size=size, mode="bilinear", align_corners=False)[0].flatten(1).T
-        if len(cells) == count:
+        cells = F.interpolate(image.contiguous(), size=size, mode="bilinear", align_corners=False)
+        cells = cells.flatten(2).transpose(1, 2)
+        if cells.shape[1] == count:
             return cells
-        return cells[torch.linspace(0, len(cells) - 1, count, device=field.device).round().long()]
+        return cells[:, torch.linspace(0, cells.shape[1] - 1, count, device=field.device).round().long()]

@@ -77,8 +77,9 @@ def test_images_without_anchors_keep_their_tokens_bit_for_bit() -> None:
     assert module(x, grids, Anchors.of([None] * 3, 64)) is x
 
 
-def test_a_mixed_batch_equals_each_image_alone() -> None:
-    module = trained()
+@pytest.mark.parametrize("published", [False, True])
+def test_a_mixed_batch_equals_each_image_alone(published: bool) -> None:
+    module = trained(**vars(PUBLISHED)) if published else trained()
     grids = [(8, 8), (4, 10), (6, 2), (8, 8)]
     images = [some_anchors(5, 1), None, some_anchors(1, 2), some_anchors(2, 3)]
     counts = [16, 10, 3, 16]
