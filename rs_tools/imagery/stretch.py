@@ -43,12 +43,16 @@ class Stretch:
         if self.palette is not None:
             index = np.clip(np.nan_to_num(values[0]), 0, len(self.palette) - 1).astype(np.intp)
             return self.palette[index, :3]
-        if self.kind == "none":
-            scaled = np.nan_to_num(values)
+        if self.kind == "none" and values.dtype == np.uint8:
+            tile = values
         else:
-            scaled = np.stack([self._scaled(band, *limits) for band, limits in zip(values, self.limits, strict=True)])
-        tile = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+            tile = np.clip(np.rint(self._stretched(values)), 0, 255).astype(np.uint8)
         return np.array(np.broadcast_to(tile, (3, *tile.shape[1:])).transpose(1, 2, 0), order="C")
+
+    def _stretched(self, values: np.ndarray) -> np.ndarray:
+        if self.kind == "none":
+            return np.nan_to_num(values)
+        return np.stack([self._scaled(band, *limits) for band, limits in zip(values, self.limits, strict=True)])
 
     def _scaled(self, band: np.ndarray, low: float, high: float) -> np.ndarray:
         band = np.nan_to_num(band)
