@@ -93,15 +93,14 @@ def test_decoding_over_the_static_cache_equals_transformers_without_one(family: 
 
 def test_three_part_positions_turn_as_in_qwen2_5_vl() -> None:
     module = pytest.importorskip("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
-    torch.manual_seed(0)
-    positions = torch.randint(0, 40, (3, 2, 7))
-    q, k = torch.randn(2, 4, 7, 16), torch.randn(2, 2, 7, 16)
-    axes = [rotary_table(p, 16, 10000.0) for p in positions]
-    cos, sin = (torch.stack([a[i] for a in axes]) for i in (0, 1))
-    expected, _ = module.apply_multimodal_rotary_pos_emb(q, k, cos, sin, [2, 3, 3])
-    from model_server.model.attention import rotate
-
-    torch.testing.assert_close(rotate(q, *rotary_table(positions, 16, 10000.0, (2, 3, 3))), expected)
+    config = transformers.Qwen2_5_VLTextConfig(
+        hidden_size=64, num_attention_heads=4, num_key_value_heads=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+    )  # fmt: skip
+    positions = torch.randint(0, 40, (3, 2, 7), generator=torch.Generator().manual_seed(0))
+    expected = module.Qwen2_5_VLRotaryEmbedding(config)(torch.zeros(1), positions)
+    for ours, theirs in zip(rotary_table(positions, 16, 10000.0, (2, 3, 3)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_three_part_positions_that_agree_are_plain_ones_and_wrong_sections_are_refused() -> None:

@@ -98,6 +98,6 @@ def test_a_batch_of_one_image_two_images_and_none_equals_each_alone() -> None:
 def test_gradients_reach_every_part_of_an_injecting_model() -> None:
     model = build().requires_grad_(True)
     prompt = model.prompt([torch.tensor([IMAGE, 5, 6])], [model.encode([torch.randn(1, 3, 32, 32)])])
-    model.prefill(prompt, torch.tensor([0]), 0)[0].square().sum().backward()
+    model.decoder.logits(model(prompt, torch.tensor([0]))).square().sum().backward()
     silent = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()}
     assert silent == set()
