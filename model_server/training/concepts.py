@@ -141,6 +141,13 @@ UNLABELLED: dict[str, frozenset[str]] = {
 }
 DISTRACTOR_SETS = frozenset({"neon_trees", "hrsid_sar", "amazon_forest", "oil_spill_sar"})  # hold nothing of the list
 
+# What the pixels of a labelled thing are not, even where a set does not label that.
+RIVALS: dict[str, tuple[str, ...]] = {
+    "road": ("water", "forest", "building"),
+    "water": ("road", "forest", "building", "land"),
+    "forest": ("road", "water", "building"),
+}
+
 # Masks that follow from other classes of a set: in a radar image of the sea, all that is not land or ship is water.
 DERIVED: dict[str, dict[str, frozenset[str]]] = {
     "oil_spill_sar": {"water": frozenset({"background", "oil_spill", "look_alike"})},

@@ -23,6 +23,7 @@ from model_server.training.concepts import (
     DISTRACTOR_SETS,
     DISTRACTORS,
     FULL_SCENES,
+    RIVALS,
     absent,
     boxed,
     masked,
@@ -219,6 +220,7 @@ class Boxes:
     boxes: list[Tensor]  # per image [N, 4]
     meant: list[Tensor]  # per image bool [K, N]: box n is what phrase k means
     known: list[Tensor]  # per image bool [N]: False = only a fragment is seen, neither object nor background
+    complete: list[Tensor]  # per image bool [K]: False = the set does not label k, which only its other objects deny
 
 
 @dataclass
@@ -259,10 +261,10 @@ class Views:
 
     def boxes(self, rng: np.random.Generator, batch: int, side: int) -> Boxes:
         views = [self._boxes(rng, side) for _ in range(batch)]
-        images, phrases, boxes, meant, known = zip(*views, strict=True)
-        return Boxes(torch.stack(images), torch.stack(phrases), list(boxes), list(meant), list(known))
+        images, phrases, *lists = zip(*views, strict=True)
+        return Boxes(torch.stack(images), torch.stack(phrases), *(list(part) for part in lists))
 
-    def _boxes(self, rng: np.random.Generator, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _boxes(self, rng: np.random.Generator, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         scene, scale = self.draw_scene(rng)
         labels = [o.label for o in scene.record.objects]
         focus = None
@@ -283,17 +285,23 @@ class Views:
         meant = np.array([[name in CONCEPTS and label in CONCEPTS[name].labels for label in labels] for name in names])
         meant = meant.reshape(len(names), len(labels))[:, there]
         phrases = torch.stack([self.bank.draw(name, rng) for name in names])
-        return image, phrases, torch.from_numpy(seen[there]), torch.from_numpy(meant), torch.from_numpy(known[there])
+        sure = boxed(scene.record) | absent(scene.record) | set(DISTRACTORS)
+        complete = torch.tensor([name in sure for name in names])
+        box_parts = (torch.from_numpy(part) for part in (seen[there], meant, known[there]))
+        return image, phrases, *box_parts, complete  # pyright: ignore[reportReturnType]
 
     def _ask_boxes(self, record: Record, visible: set[str], rng: np.random.Generator) -> list[str]:
-        """Concepts to ask: what is there, then what is labelled or known to be absent, then distractors."""
+        """Concepts to ask: what is there, what is known to be absent, a distractor, and what the set does not label."""
         here = [n for n in boxed(record) if CONCEPTS[n].labels & visible]
         others = [n for n in sorted((boxed(record) | absent(record)) & set(THINGS)) if n not in here]
         rng.shuffle(here)
         rng.shuffle(others)
         if record.set in DISTRACTOR_SETS and rng.random() < 0.3:
             others.insert(0, DISTRACTORS[int(rng.integers(len(DISTRACTORS)))])
-        names = [*sorted(here[: PHRASES - 1]), *others]
+        unlabelled = [n for n in THINGS if n not in boxed(record) and n not in absent(record)]
+        if visible and unlabelled and (len(others) < PHRASES or rng.random() < 0.3):
+            others.insert(0, unlabelled[int(rng.integers(len(unlabelled)))])
+        names = [*here[: PHRASES - 1], *others]
         return (names * PHRASES)[:PHRASES]
 
     def _look(self, window: Window, scene: Scene, rng: np.random.Generator, which: int = 0) -> Tensor:
@@ -321,6 +329,9 @@ class Views:
         rng.shuffle(others)
         if record.set in DISTRACTOR_SETS and rng.random() < 0.2:
             others.insert(0, DISTRACTORS[int(rng.integers(len(DISTRACTORS)))])
+        rivals = sorted({rival for n in names[: PHRASES - 1] for rival in RIVALS.get(n, ())} - set(classes) - out)
+        if rivals and rng.random() < 0.5:
+            others.insert(0, rivals[int(rng.integers(len(rivals)))])
         asked = ([*names[: PHRASES - 1], *others] * PHRASES)[:PHRASES]
         inside = window.plane(np.ones((h, w), bool)) > 0.5
         target = torch.zeros(PHRASES, side, side)
@@ -331,6 +342,9 @@ class Views:
                 target[k] = inside.float()
         phrases = torch.stack([self.bank.draw(name, rng) for name in asked])
         weight = inside.float().expand(PHRASES, -1, -1).clone()
+        for k, name in enumerate(asked):
+            if name in rivals:  # unlabelled here: only what is labelled as something else denies it
+                weight[k] *= torch.stack([target[i] for i, n in enumerate(asked) if name in RIVALS.get(n, ())]).amax(0)
         if source is None:  # known from a label of the whole image: right on most pixels only
             weight *= 0.5
         return self._look(window, scene, rng), phrases, target, weight

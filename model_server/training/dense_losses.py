@@ -66,9 +66,12 @@ def box_losses(found: Found, batch: Boxes) -> dict[str, Tensor]:
     corners = found.boxes()
     predicted, truth, weights, quality = [], [], [], []
     for i, (boxes, meant, known) in enumerate(zip(batch.boxes, batch.meant, batch.known, strict=True)):
+        unlabelled = ~batch.complete[i]
+        heat_weight[i, unlabelled] = 0
         if not len(boxes):
             continue
         heat, weight = box_maps(boxes, h, w)
+        heat_weight[i, unlabelled] = (weight.amax(0) > 0).float()
         for k in range(len(meant)):
             rows = meant[k] & known
             if rows.any():

@@ -137,7 +137,7 @@ def _gather_change(looker: Looker, scene: Scene, scale: float, rng: np.random.Ge
     counts = out.change.setdefault(scene.record.set, ProbabilityCounts())
     counts.add(looker.change(before, after, scale), scene.mask > 127)
     part = before[:384, :384]
-    light = relit(torch.from_numpy(np.ascontiguousarray(part)).permute(2, 0, 1), rng).permute(1, 2, 0).numpy()
+    light = relit(torch.from_numpy(np.array(part)).permute(2, 0, 1), rng).permute(1, 2, 0).numpy()
     for other in (part, light):
         still = looker.change(part, other, scale)
         out.still.add(still, np.zeros(still.shape, bool))

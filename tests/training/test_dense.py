@@ -174,7 +174,8 @@ def test_the_heat_is_one_at_the_cell_nearest_to_the_centre_only() -> None:
 def test_the_losses_are_lowest_for_the_truth() -> None:
     truth = torch.tensor([[8.0, 8.0, 40.0, 24.0]])
     batch = Boxes(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.zeros(1, 2, 4), [truth],
-                  [torch.tensor([[True], [False]])], [torch.tensor([True])])  # fmt: skip
+                  [torch.tensor([[True], [False]])], [torch.tensor([True])],
+                  [torch.tensor([True, True])])  # fmt: skip
     heat, _ = box_maps(truth, 16, 16)
     x = torch.arange(16) * 4 + 3.5
     left, right = (x - 8)[None].expand(16, -1), (40 - x)[None].expand(16, -1)
@@ -192,13 +193,24 @@ def test_the_losses_are_lowest_for_the_truth() -> None:
 def test_a_fragment_at_the_edge_is_neither_object_nor_background() -> None:
     truth = torch.tensor([[8.0, 8.0, 40.0, 24.0]])
     batch = Boxes(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.zeros(1, 1, 4), [truth],
-                  [torch.tensor([[True]])], [torch.tensor([False])])  # fmt: skip
+                  [torch.tensor([[True]])], [torch.tensor([False])], [torch.tensor([True])])  # fmt: skip
     logits = torch.full((1, 1, 16, 16), -8.0)
     logits[0, 0, 3, 5] = 8.0
     found = Found(logits, torch.ones(1, 4, 16, 16), torch.zeros(1, 16, 16))
     assert float(box_losses(found, batch)["heat"]) < 0.01
     background = dataclasses.replace(batch, meant=[torch.tensor([[False]])])
     assert float(box_losses(found, background)["heat"]) > 1
+
+
+def test_a_thing_that_a_set_does_not_label_is_denied_only_where_another_object_lies() -> None:
+    truth = torch.tensor([[8.0, 8.0, 40.0, 24.0]])
+    batch = Boxes(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.zeros(1, 1, 4), [truth],
+                  [torch.tensor([[False]])], [torch.tensor([True])], [torch.tensor([False])])  # fmt: skip
+    for place, denied in (((3, 5), True), ((12, 12), False)):
+        logits = torch.full((1, 1, 16, 16), -8.0)
+        logits[0, 0, *place] = 8.0
+        loss = box_losses(Found(logits, torch.ones(1, 4, 16, 16), torch.zeros(1, 16, 16)), batch)["heat"]
+        assert (float(loss) > 1) == denied
 
 
 def test_the_rate_rises_stays_and_falls() -> None:
@@ -212,7 +224,7 @@ def test_the_stage_learns_all_three_tasks_and_fills_a_checkpoint(
     small_data: Path, tmp_path: Path, debug_weights: Path
 ) -> None:
     start_run(tmp_path)
-    trainer = DenseTrainer(settings(small_data, tmp_path, steps=150, rate=3e-3, head_rate=6e-3, ema=0.9))
+    trainer = DenseTrainer(settings(small_data, tmp_path, steps=300, rate=3e-3, head_rate=6e-3, ema=0.9))
     trainer.fit()
     lines = [json.loads(line) for line in (tmp_path / "dense.jsonl").read_text().splitlines()]
     losses, last = [line for line in lines if "heat" in line], lines[-1]["val"]
