@@ -19,6 +19,7 @@ from rs_tools.geometry.measures import Georeference, geodesic_area_m2
 
 _STRIP_ROWS = 1024
 _AREA_TOLERANCE = 0.01  # pixels
+_BATCH_POINTS = 100_000  # that are placed at once
 _WORLDS = range(-2, 3)  # turns around the Earth that a ring may have run on
 
 
@@ -214,11 +215,16 @@ def box_polygons(boxes: np.ndarray) -> list[shapely.Polygon]:
 
 def _curves(
     polygons: Sequence[shapely.Polygon], georeference: Georeference, tolerance: float
-) -> list[list[np.ndarray | None]]:
-    """The lon/lat curve of each ring of each polygon, exterior first."""
-    rings = [[np.asarray(ring.coords)[:, :2] for ring in _rings(polygon)] for polygon in polygons]
-    curves = iter(georeference.curves([ring for some in rings for ring in some], tolerance))
-    return [[next(curves) for _ in some] for some in rings]
+) -> Iterator[list[np.ndarray | None]]:
+    """The lon/lat curve of each ring of each polygon, exterior first; a batch of polygons at a time."""
+    counts = shapely.get_num_coordinates(polygons) if len(polygons) else np.zeros(0, int)
+    batches = np.cumsum(counts) // _BATCH_POINTS
+    for batch in np.unique(batches):
+        low, high = np.searchsorted(batches, [batch, batch + 1])
+        rings = [[np.asarray(ring.coords)[:, :2] for ring in _rings(one)] for one in polygons[low:high]]
+        curves = iter(georeference.curves([ring for some in rings for ring in some], tolerance))
+        for some in rings:
+            yield [next(curves) for _ in some]
 
 
 def _rings(polygon: shapely.Polygon) -> list[shapely.LinearRing]:

@@ -194,6 +194,14 @@ def test_a_polygon_that_meets_the_pole_covers_what_its_pixels_cover(corner: tupl
         assert found.contains(shapely.Point(*lonlat)) == box.contains(shapely.Point(*pixel)), pixel
 
 
+def test_many_polygons_are_placed_in_batches_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = georeference(32633, Affine(7, 3, 400_000, 2, -8, 5_000_000))
+    polygons = [shape.polygon for shape in outlined(blobs(5))]
+    together = placed(polygons, place)
+    monkeypatch.setattr(vectors, "_BATCH_POINTS", 20)
+    assert placed(polygons, place) == together == [placed([polygon], place)[0] for polygon in polygons]
+
+
 def test_what_reaches_off_the_projection_has_no_place() -> None:
     place = georeference(3035, Affine(100_000, 0, -20_000_000, 0, -100_000, 23_000_000), (480, 400))
     assert placed([shapely.box(0, 0, 10, 10)], place) == [None]
