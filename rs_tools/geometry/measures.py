@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import shapely
 from affine import Affine
 from pyproj import CRS, Geod, Transformer
 from pyproj.exceptions import CRSError, ProjError
@@ -230,6 +229,8 @@ class Georeference:
 
     def _pole_within(self, ring: np.ndarray) -> float | None:
         """The latitude of the pole inside a ring of pixel positions; None where both or none are there."""
+        import shapely  # here, as few scenes lie at a pole and the MCP server is to start fast
+
         area = shapely.Polygon(ring).buffer(0)
         poles = [shapely.Point(pole) for pole in self.pixels(_POLES)]
         gaps = [area.distance(pole) if np.isfinite([pole.x, pole.y]).all() else np.inf for pole in poles]
