@@ -188,15 +188,15 @@ def _tile(region: Region, overview: bool, read: Pixels) -> _Tile:
     valid = float(read.valid.mean())
     if valid == 0:
         return _Tile(region, overview, None, 0.0, None)
-    colors = read.rgb if valid == 1 else read.rgb[read.valid]
-    first = colors.reshape(-1, 3)[0]
-    color = tuple(first.tolist()) if (colors == first).all() else None
-    return _Tile(region, overview, _filled(read), valid, color)
+    colors = (read.rgb if valid == 1 else read.rgb[read.valid]).reshape(-1, 3)
+    # Nearly every tile shows a second colour in its first pixels, so the rest need not be compared.
+    one = (colors[:256] == colors[0]).all() and (colors == colors[0]).all()
+    return _Tile(region, overview, _filled(read, valid), valid, tuple(colors[0].tolist()) if one else None)
 
 
-def _filled(read: Pixels) -> np.ndarray:
+def _filled(read: Pixels, valid: float) -> np.ndarray:
     """The tile with the mean colour of its valid pixels in place of the others, which the model cannot know."""
-    if read.valid.all():
+    if valid == 1:
         return read.rgb
     tile = read.rgb.copy()
     tile[~read.valid] = np.rint(read.rgb[read.valid].mean(axis=0))

@@ -330,7 +330,8 @@ def _read_decimals(
 
 def _valid(dataset: DatasetReader, choice: BandChoice, window: Window, shape: tuple[int, int, int]) -> np.ndarray:
     """A pixel is valid where any shown band is: with nodata 0, black in one band alone is a colour."""
-    if all(MaskFlags.all_valid in dataset.mask_flag_enums[index - 1] for index in choice.indexes):
+    flags = dataset.mask_flag_enums  # of all bands, made anew at each access
+    if all(MaskFlags.all_valid in flags[index - 1] for index in choice.indexes):
         return np.ones(shape[1:], bool)
     masks = dataset.read_masks(list(choice.indexes), window=window, out_shape=shape)
     return (masks > 0).any(axis=0)
