@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from rasters import UTM, ScriptedClient, noise, write
 
+import mcp_server
 from rs_tools.errors import AccessError, ImageError
 from rs_tools.imagery import remote
 from rs_tools.imagery.access import AccessPolicy
@@ -401,3 +402,21 @@ def test_a_server_that_trickles_is_given_up(
 
 def test_the_name_of_an_image_is_the_last_part_of_its_address_without_its_query() -> None:
     assert RemoteImage("https://x.org/a/b.tif?key=1", "", 0, "").name == "b.tif"
+
+
+def test_the_mcp_server_takes_hosts_and_refuses_what_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policies: list[AccessPolicy] = []
+
+    def build(policy: AccessPolicy, *args: object) -> object:
+        policies.append(policy)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(mcp_server, "build_server", build)
+    with pytest.raises(SystemExit):
+        mcp_server.main(["--root", str(tmp_path), "--allow-url", HOST, "--allow-url", f"{OTHER}:8443"])
+    assert policies[0].remote.hosts == {HOST, f"{OTHER}:8443"}
+    with pytest.raises(SystemExit):
+        mcp_server.main(["--root", str(tmp_path), "--allow-url", "*.example.org"])
+    assert "'*.example.org' is not a host" in capsys.readouterr().err
