@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -35,7 +36,6 @@ from model_server.training.targets import Vocabulary, cosine_decay
 from model_server.training.texts import ImageTexts, Text, all_texts
 
 SETS = ("rsicd_aid", "rsvqa_hr", "rsvqa_lr", "ucm")
-REPEAT = {"ucm": 2, "rsvqa_lr": 8, "rsvqa_hr": 8}
 FROZEN = ("backbone.", "sentence.", "heads.")
 
 
@@ -98,6 +98,7 @@ class LanguageTrainer:
     """The state of one run: model, moving average, optimiser and step."""
 
     stage = "language"
+    repeat: ClassVar[dict[str, int]] = {"ucm": 2, "rsvqa_lr": 8, "rsvqa_hr": 8}  # times an epoch
 
     def __init__(self, run: LanguageRun) -> None:
         self.run = run
@@ -240,7 +241,7 @@ class LanguageTrainer:
         run = self.run
         images, val_images = load_images(self.train, "train images"), load_images(self.val, "val images")
         self.prepare(images)
-        order = epoch_order(self.train, REPEAT, run.steps, run.batch, run.seed)
+        order = epoch_order(self.train, self.repeat, run.steps, run.batch, run.seed)
         start, first, losses = time.monotonic(), self.step, list[float]()
         with (run.run / f"{self.stage}.jsonl").open("a", encoding="utf-8") as log:
             for step, rows, x in batches(images, order, self.config.image_size, run.seed + 1, self.step):
