@@ -122,7 +122,8 @@ class Found:
 
     def boxes(self) -> Tensor:
         """Corners [B, 4, H/4, W/4] in pixels: x1, y1, x2, y2."""
-        x, y = cell_centres(*self.distances.shape[-2:], self.distances.device)
+        h, w = self.distances.shape[-2:]
+        x, y = cell_centres(h, w, self.distances.device)
         left, top, right, bottom = self.distances.unbind(1)
         return torch.stack((x - left, y[:, None] - top, x + right, y[:, None] + bottom), 1)
 

@@ -7,7 +7,7 @@ grey and does not count.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -89,7 +89,7 @@ class Scene:
         return cls(record, [load_image(p) for p in record.images], mask, boxes)
 
 
-def read_scenes(data: Path, sets: Mapping[str, Share], split: str, limit: int | None = None) -> list[Scene]:
+def read_scenes(data: Path, sets: Iterable[str], split: str, limit: int | None = None) -> list[Scene]:
     """Decode the records of the sets that are annotated, at most `limit` of a set."""
     scenes = []
     for name in sets:
@@ -358,7 +358,7 @@ class Views:
         scene, scale = self.draw_scene(rng)
         changed = scene.mask > 127 if scene.mask is not None else np.zeros(scene.images[0].shape[:2], bool)
         focus = _pixel_of(changed, rng) if rng.random() < 0.6 else None
-        h, w = changed.shape
+        h, w = scene.images[0].shape[:2]
         window = Window.draw(rng, h, w, side, scale, focus)
         first, second = (0, len(scene.images) - 1) if rng.random() < 0.5 else (len(scene.images) - 1, 0)
         same = rng.random() < 0.12

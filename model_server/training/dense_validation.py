@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -98,35 +98,43 @@ class Gathered:
     still: ProbabilityCounts = field(default_factory=ProbabilityCounts)  # pairs of one image, as it is or re-lit
 
 
-def gather(looker: Looker, scenes: Iterable[Scene], scales: Mapping[str, float] = SCALES) -> Gathered:
-    """Ask every concept that a scene is labelled for, by its first phrase."""
+def label_of(concept: str) -> str:
+    """The phrase that most callers will use for a concept."""
+    return CONCEPTS[concept].said[0]
+
+
+def gather(looker: Looker, scenes: Iterable[Scene], scales: Mapping[str, float] = SCALES,
+           say: Callable[[str], str] = label_of) -> Gathered:  # fmt: skip
+    """Ask every concept that a scene is labelled for, in the words that `say` has for it."""
     out, rng = Gathered(), np.random.default_rng(0)
     for scene in scenes:
         scale = scales[scene.record.set]
         if len(scene.images) == 2:
             _gather_change(looker, scene, scale, rng, out)
         else:
-            _gather_boxes(looker, scene, scale, out)
-            _gather_masks(looker, scene, scale, out)
+            _gather_boxes(looker, scene, scale, say, out)
+            _gather_masks(looker, scene, scale, say, out)
     return out
 
 
-def _gather_boxes(looker: Looker, scene: Scene, scale: float, out: Gathered) -> None:
+def _gather_boxes(looker: Looker, scene: Scene, scale: float, say: Callable[[str], str], out: Gathered) -> None:
     names = sorted(boxed(scene.record))
     if not names:
         return
     labels = [o.label for o in scene.record.objects]
-    for name, (boxes, scores) in zip(names, looker.boxes(scene.images[0], scale, names), strict=True):
+    asked = looker.boxes(scene.images[0], scale, [say(name) for name in names])
+    for name, (boxes, scores) in zip(names, asked, strict=True):
         truth = scene.boxes[[label in CONCEPTS[name].labels for label in labels]]
         out.boxes.setdefault((scene.record.set, name), []).append(ImageBoxes(boxes, scores, truth))
 
 
-def _gather_masks(looker: Looker, scene: Scene, scale: float, out: Gathered) -> None:
+def _gather_masks(looker: Looker, scene: Scene, scale: float, say: Callable[[str], str], out: Gathered) -> None:
     if scene.mask is None:
         return
     classes = masked(scene.record)
     names = sorted(classes)
-    for name, p in zip(names, looker.masks(scene.images[0], scale, names), strict=True):
+    asked = looker.masks(scene.images[0], scale, [say(name) for name in names])
+    for name, p in zip(names, asked, strict=True):
         counts = out.masks.setdefault((scene.record.set, name), ProbabilityCounts())
         counts.add(p, np.isin(scene.mask, list(classes[name])))
 

@@ -260,6 +260,7 @@ def test_a_run_that_was_cut_off_resumes_to_the_same_weights(small_data: Path, tm
         run = tmp_path / str(len(stops))
         run.mkdir()
         start_run(run)
+        trainer = DenseTrainer(settings(small_data, run))
         for stop in stops:
             trainer = DenseTrainer(settings(small_data, run))
             views = {
