@@ -95,12 +95,17 @@ class Perceiver:
             return []
         images = {id(q.image): q.image for q in queries}
         place = {key: row for row, key in enumerate(images)}
-        features = self.model.encode(self._pixels(list(images.values())))
+        # A caption is the same whichever way the image is turned, so it is read off all views; the places in an answer
+        # are not.
+        turned = any(q.task == "caption" for q in queries)
+        features = self.model.encode(self._pixels(list(images.values())), turned)
         answers: list[Answer | None] = [None] * len(queries)
         for task, serve in (("caption", self._captions), ("vqa", self._answers), ("classify", self._classes)):
             rows = [i for i, q in enumerate(queries) if q.task == task]
             if rows:
-                group = features.rows(torch.tensor([place[id(queries[i].image)] for i in rows], device=self.device))
+                at = torch.tensor([place[id(queries[i].image)] for i in rows], device=self.device)
+                views = self.config.views if task == "caption" else 1
+                group = features.rows(torch.cat([at + v * len(images) for v in range(views)]))
                 for i, answer in zip(rows, serve(group, [queries[i] for i in rows]), strict=True):
                     answers[i] = answer
         return [a for a in answers if a is not None]
@@ -117,7 +122,7 @@ class Perceiver:
         return torch.stack([square(image, self.config.image_size) for image in images]).to(self.device)
 
     def _decode(self, features: Features, task: Task, questions: Sequence[str], beams: int, steps: int,
-                length_power: float) -> list[list[Hypothesis]]:  # fmt: skip
+                length_power: float, views: int = 1) -> list[list[Hypothesis]]:  # fmt: skip
         n = len(features.visual)
         token, expert = TASK_TOKEN[task], route(TASK_TOKEN[task], self.config.decoder.experts)
         read = None
@@ -125,14 +130,16 @@ class Perceiver:
             ids, mask = self._sentence_ids(questions)
             read = self.model.read_questions(ids, mask)
         tasks = torch.full((n,), self.tokenizer.tasks[token], device=self.device)
-        logits, state = self.model.prefill(features, tasks, read, torch.full((n,), expert), steps)
+        logits, state = self.model.prefill(features, tasks, read, torch.full((n,), expert), steps, views)
         return beam_search(
             self.model, logits, state, beams=beams, steps=steps, end=self.tokenizer.end, banned=self._banned,
             length_power=length_power,
         )  # fmt: skip
 
     def _captions(self, features: Features, queries: Sequence[Query]) -> list[TileCaption]:
-        found = self._decode(features, "caption", (), CAPTION_BEAMS, CAPTION_TOKENS, CAPTION_LENGTH_POWER)
+        found = self._decode(
+            features, "caption", (), CAPTION_BEAMS, CAPTION_TOKENS, CAPTION_LENGTH_POWER, self.config.views
+        )
         out = []
         for i, (query, hypotheses) in enumerate(zip(queries, found, strict=True)):
             best = hypotheses[0]

@@ -51,7 +51,7 @@ def test_a_mixed_batch_answers_each_query_as_it_would_alone(perceiver: Perceiver
 def test_queries_on_one_array_share_its_encoding(perceiver: Perceiver, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[int] = []
     encode = perceiver.model.encode
-    monkeypatch.setattr(perceiver.model, "encode", lambda x: encoded.append(len(x)) or encode(x))
+    monkeypatch.setattr(perceiver.model, "encode", lambda x, turned: encoded.append(len(x)) or encode(x, turned))
     image = picture(5)
     perceiver.answer([Query("caption", image), Query("classify", image), Query("classify", picture(6))])
     assert encoded == [2]

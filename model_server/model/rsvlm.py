@@ -53,14 +53,21 @@ class Questions:
 
 @dataclass
 class DecodeState:
-    """A prefilled batch: cache, which cached places are real, the next position and expert of each sequence."""
+    """A prefilled batch: cache, which cached places are real, the next position and expert of each sequence.
+
+    With V `views`, each of the B sequences has V rows, one under each turned view of its image: row v B + b.
+    """
 
     cache: KVCache
-    visible: Tensor  # bool [B, length]
-    position: Tensor  # int [B]
-    expert: Tensor  # int [B], CPU
+    visible: Tensor  # bool [V B, length]
+    position: Tensor  # int [V B]
+    expert: Tensor  # int [V B], CPU
+    views: int = 1
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, sequences: Tensor) -> None:
+        """Keep these sequences, in this order; one may be named several times."""
+        b = len(self.position) // self.views
+        rows = torch.cat([sequences + v * b for v in range(self.views)])
         self.cache.select(rows)
         self.visible, self.position = self.visible[rows], self.position[rows]
         self.expert = self.expert[rows.cpu()]
@@ -100,17 +107,21 @@ class RSVLM(nn.Module):
     def visual_tokens(self) -> int:
         return self.config.fusion.grid**2 + HEAD_TOKENS
 
-    def encode(self, images: Tensor) -> Features:
+    def encode(self, images: Tensor, turned: bool = False) -> Features:
         """uint8 [B, 3, side, side] -> features.
 
-        Imagery seen from above has no upright: the pooled vector is the mean over `config.views` turned views.
+        Imagery seen from above has no upright: the pooled vector is the mean over `config.views` turned views V.
+        turned: give the features of every view, V B rows, the upright ones first; else the B upright ones.
         """
+        b, views = len(images), self.config.views
         maps, pooled = self.backbone(images)
-        turned = [turn(images) for turn in TURNS[: self.config.views - 1]]
-        if turned:
-            others = self.backbone(torch.cat(turned))[1].view(len(turned), *pooled.shape)
-            pooled = (pooled + others.sum(0)) / (1 + len(turned))
-        return self.fuse(maps, pooled)
+        if views == 1:
+            return self.fuse(maps, pooled)
+        others, more = self.backbone(torch.cat([turn(images) for turn in TURNS[: views - 1]]))
+        pooled = torch.cat((pooled, more)).view(views, b, -1).mean(0)
+        if not turned:
+            return self.fuse(maps, pooled)
+        return self.fuse({s: torch.cat((m, others[s])) for s, m in maps.items()}, pooled.repeat(views, 1))
 
     def fuse(self, maps: dict[int, Tensor], pooled: Tensor) -> Features:
         """Backbone maps and pooled vectors to the visual tokens. The heads' findings enter without gradient."""
@@ -143,10 +154,11 @@ class RSVLM(nn.Module):
         return Questions(states, vectors * asked[:, None].to(vectors.dtype), mask)
 
     def prefill(self, features: Features, tasks: Tensor, questions: Questions | None, expert: Tensor,
-                room: int) -> tuple[Tensor, DecodeState]:  # fmt: skip
-        """Run [visual | question | task] of a mixed batch; returns next-token logits [B, V] and the state to go on.
+                room: int, views: int = 1) -> tuple[Tensor, DecodeState]:  # fmt: skip
+        """Run [visual | question | task] of a mixed batch; returns next-token logits and the state to go on.
 
-        tasks: int [B] token ids; expert: int [B] CPU; room: how many answer tokens may follow.
+        tasks: int [B] token ids; expert: int [B] CPU; room: how many answer tokens may follow. With several `views`,
+        whose rows are laid out as `encode` gives them, each sequence's logits are the mean of its views' log-softmax.
         """
         x, visible, positions = self.prompt(features, tasks, questions)
         b, t, _ = x.shape
@@ -155,15 +167,16 @@ class RSVLM(nn.Module):
         hidden = self.decoder(x, positions, prompt_mask(visible, self.visual_tokens), expert, features.windows, cache)
         seen = torch.ones(b, t + room, dtype=torch.bool, device=x.device)
         seen[:, :t] = visible
-        return self.decoder.logits(hidden[:, -1]), DecodeState(cache, seen, positions[:, -1] + 1, expert)
+        state = DecodeState(cache, seen, positions[:, -1] + 1, expert, views)
+        return _agreed(self.decoder.logits(hidden[:, -1]), views), state
 
     def step(self, tokens: Tensor, state: DecodeState) -> Tensor:
-        """One more token of every sequence, int [B] -> next-token logits [B, V]."""
-        x = self.decoder.embed(tokens)[:, None]
+        """One more token of every sequence, int [B] -> next-token logits [B, vocabulary]."""
+        x = self.decoder.embed(tokens.repeat(state.views))[:, None]
         mask = state.visible[:, None, None, : state.cache.filled + 1]
         hidden = self.decoder(x, state.position[:, None], mask, state.expert, None, state.cache)
         state.position = state.position + 1
-        return self.decoder.logits(hidden[:, -1])
+        return _agreed(self.decoder.logits(hidden[:, -1]), state.views)
 
     def prompt(self, features: Features, tasks: Tensor, questions: Questions | None) -> tuple[Tensor, Tensor, Tensor]:
         """Embeddings [B, T, D], which of them are real [B, T], and their positions [B, T]."""
@@ -177,6 +190,11 @@ class RSVLM(nn.Module):
         visible.append(torch.ones(b, 1, dtype=torch.bool, device=tasks.device))
         seen = torch.cat(visible, 1)
         return torch.cat(parts, 1), seen, (seen.cumsum(1) - 1).clamp(min=0)  # padding takes no position
+
+
+def _agreed(logits: Tensor, views: int) -> Tensor:
+    """[V B, vocabulary] -> [B, vocabulary]: what the views of each sequence say together."""
+    return logits if views == 1 else logits.float().log_softmax(-1).view(views, -1, logits.shape[-1]).mean(0)
 
 
 def prompt_mask(visible: Tensor, visual: int) -> Tensor:

@@ -68,6 +68,28 @@ def test_cached_generation_equals_the_full_forward_also_in_a_padded_batch() -> N
         torch.testing.assert_close(cached, full_forward(model, row, answers[row], lengths[row]), atol=2e-4, rtol=1e-4)
 
 
+def test_views_of_an_image_say_the_mean_of_what_each_says_also_after_their_beams_are_reordered() -> None:
+    model, n, tokens, order = build(), 2, torch.tensor([7, 9, 8]), torch.tensor([1, 0, 1])
+    views = model.config.views
+    with torch.no_grad():
+        features = model.encode(images(n), turned=True)
+        assert len(features.visual) == views * n
+        torch.testing.assert_close(features.rows(torch.arange(n)).visual, model.encode(images(n)).visual)
+        tasks, expert = torch.full((views * n,), TASK), torch.zeros(views * n, dtype=torch.long)
+        together, state = model.prefill(features, tasks, None, expert, 2, views)
+        state.select(order)
+        next_together = model.step(tokens, state)
+        first, second = [], []
+        for v in range(views):
+            one = features.rows(torch.arange(n) + v * n)
+            logits, state = model.prefill(one, tasks[:n], None, expert[:n], 2)
+            first.append(logits.log_softmax(-1))
+            state.select(order)
+            second.append(model.step(tokens, state).log_softmax(-1))
+    torch.testing.assert_close(together, torch.stack(first).mean(0), atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(next_together, torch.stack(second).mean(0), atol=2e-4, rtol=1e-4)
+
+
 def test_a_question_changes_the_answer_and_an_absent_one_is_no_token() -> None:
     model = build()
     with torch.no_grad():
