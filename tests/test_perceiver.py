@@ -103,12 +103,13 @@ def test_calibration_maps_probabilities_monotonically_and_survives_json() -> Non
     assert Calibration.from_json(calibration.to_json()) == calibration
 
 
+@pytest.fixture(scope="module")
+def shipped() -> Perceiver:
+    return Perceiver.load(DEFAULT_WEIGHTS)
+
+
 class TestDefaultWeights:
     """The model that ships, on a real scene from the examples."""
-
-    @pytest.fixture(scope="class")
-    def shipped(self) -> Perceiver:
-        return Perceiver.load(DEFAULT_WEIGHTS)
 
     def test_they_fit_the_budget(self) -> None:
         sizes = [f.stat().st_size for f in DEFAULT_WEIGHTS.rglob("*") if f.is_file()]
