@@ -26,6 +26,7 @@ from model_server.training.dense_data import (
     Scene,
     Views,
     Window,
+    middles,
     read_scenes,
     relit,
 )
@@ -54,7 +55,7 @@ def write_set(root: Path, name: str, rng: np.random.Generator) -> None:
         if name in CHANGE_SETS and name != "ucm":
             Image.fromarray(ground).save(folder / f"{i}_before.png")
             row |= {"images": [f"{i}_before.png", f"{i}.png"], "change_mask": f"{i}_mask.png"}
-        elif name in MASK_SETS and name != "ucm":
+        elif name in MASK_SETS and name not in ("ucm", "inshore_ships", "estonia_aerial", "neon_trees"):
             label = {"epfl_roads": "road", "flood": "water", "amazon_forest": "forest"}.get(name, "ship")
             row |= {"mask": f"{i}_mask.png", "mask_classes": {"0": "background", "1": label}}
         if name in BOX_SETS and name != "ucm":
@@ -161,6 +162,14 @@ def test_views_ask_for_what_is_there_and_for_what_is_not(small_data: Path) -> No
     assert not asked.all()
     for boxes in batch.boxes:
         assert not len(boxes) or (float(boxes.min()) >= 0 and float(boxes.max()) <= SIDE)
+
+
+def test_a_box_says_where_a_thing_is_for_sure_and_where_it_may_be() -> None:
+    middle, unsure = middles(np.array([[8.0, 8.0, 40.0, 24.0]]), 64, 0.5)
+    assert middle[16, 24]
+    assert not unsure[16, 24]
+    assert unsure[9, 9]
+    assert not (middle | unsure)[:8].any()
 
 
 def test_the_heat_is_one_at_the_cell_nearest_to_the_centre_only() -> None:
