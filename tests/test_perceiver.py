@@ -6,11 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from model_server.calibration import Calibration, Logistic
 from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver, Query, WeightsError
 from model_server.protocol import TileCaption, TileClasses, TileVqa
 from model_server.text.answers import answer_kind
+
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +120,26 @@ class TestDefaultWeights:
         assert max(sizes) <= 95e6
         assert sum(sizes) <= 120e6
 
-    def test_water_and_forest_are_told_apart_in_plain_colours_and_words(self, shipped: Perceiver) -> None:
+    def test_the_default_taxonomy_names_near_synonyms_once(self, shipped: Perceiver) -> None:
         assert len(shipped.taxonomy) >= 35
         assert "farmland" in shipped.taxonomy
-        assert "agricultural" not in shipped.taxonomy  # its near-synonym stands for both
+        assert "agricultural" not in shipped.taxonomy
+
+    def test_they_recognise_what_a_real_scene_shows_also_in_words_that_training_never_used(
+        self, shipped: Perceiver
+    ) -> None:
+        scene = ROOT / "examples" / "data" / "ordway_swisher_neon.tif"
+        with Image.open(scene) as file:
+            savanna = np.asarray(file.convert("RGB"))
+        trees, ships, labels = shipped.answer(
+            [
+                Query("vqa", savanna, text="Are there any trees?"),
+                Query("vqa", savanna, text="Can you spot a vessel?"),
+                Query("classify", savanna, labels=("woodland with scattered pines", "shopping mall", "marina")),
+            ]
+        )
+        assert isinstance(trees, TileVqa)
+        assert isinstance(ships, TileVqa)
+        assert isinstance(labels, TileClasses)
+        assert (trees.answer, ships.answer) == ("yes", "no")
+        assert labels.scores[0] > 0.5
