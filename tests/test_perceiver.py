@@ -13,7 +13,6 @@ from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver, Query, WeightsErr
 from model_server.protocol import TileCaption, TileClasses, TileVqa
 from model_server.text.answers import answer_kind
 
-
 ROOT = Path(__file__).parents[1]
 
 
