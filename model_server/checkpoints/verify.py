@@ -75,7 +75,8 @@ class Verification:
 def verify(folder: Path) -> Verification:
     """Load the checkpoint in a folder of recorded results (in it or in its `checkpoint/`) and run every case.
 
-    Attention is the plain equation, as it was when the results were recorded; fused kernels are held to it elsewhere.
+    As when the results were recorded, one thread runs and attention is the plain equation: rounding grows in random
+    weights, and faster kernels round otherwise (they are held to the plain equation elsewhere).
 
     Raises:
         WeightsError: no adapter knows the checkpoint, its tensors do not fit, or what was recorded is not there.
@@ -84,9 +85,14 @@ def verify(folder: Path) -> Verification:
     checkpoint = nested if nested.is_dir() else folder
     name = find_family(checkpoint).NAME
     comparison = Comparison()
-    with torch.no_grad(), attention_backend(Backend.MATH):
-        compare = importlib.import_module(f"model_server.checkpoints.recorded.{name}").compare
-        report = compare(folder, checkpoint, comparison)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad(), attention_backend(Backend.MATH):
+            compare = importlib.import_module(f"model_server.checkpoints.recorded.{name}").compare
+            report = compare(folder, checkpoint, comparison)
+    finally:
+        torch.set_num_threads(threads)
     return Verification(name, checkpoint, report, comparison)
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -33,8 +34,9 @@ def attention_backend(backend: Backend) -> Iterator[None]:
         _current.reset(before)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: Backend | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v.
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: Backend | None = None,
+           scale: float | None = None) -> Tensor:  # fmt: skip
+    """softmax(q k^T / sqrt(d)) v, or softmax(scale * q k^T) v.
 
     q [B, H, T, d]; k, v [B, G, S, d] with H a multiple of G (grouped heads); mask bool, broadcastable to
     [B, H, T, S]. Returns [B, H, T, d] in q's dtype.
@@ -42,8 +44,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: Backen
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     if (backend or _current.get()) is Backend.SDPA:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5  # [B, H, T, S]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    scores = q.float() @ k.float().transpose(-1, -2)  # [B, H, T, S]
+    scores = scores / math.sqrt(q.shape[-1]) if scale is None else scores * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     return (scores.softmax(-1) @ v.float()).to(q.dtype)

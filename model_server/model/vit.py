@@ -42,7 +42,8 @@ class ViTLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [B, N, W] -> [B, N, W]
         b, n, w = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each [B, H, N, d]
-        x = x + self.out(attend(q, k, v, None).transpose(1, 2).reshape(b, n, w))
+        y = attend(q, k, v, None, scale=(w // self.heads) ** -0.5)  # a factor, as the published towers round it
+        x = x + self.out(y.transpose(1, 2).reshape(b, n, w))
         return x + self.down(self.act(self.up(self.norm2(x))))
 
 
