@@ -47,7 +47,7 @@ from rs_tools.looking import BATCH, stream
 
 IMAGE = Path(__file__).parents[1] / "examples" / "data" / "yellowstone_road.jpg"
 SIZES = [1000, 5000, 10_000, 20_000]
-SAHI_MOST = 10_000  # it holds the whole image and all slices
+SAHI_MOST = 20_000  # it holds the whole image and all slices: beyond this more memory than most machines have
 SWEPT = 3000
 REPEATS = 3
 OVERLAPS = [0, 16, 32, 64, 128]
