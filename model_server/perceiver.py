@@ -29,7 +29,7 @@ from model_server.text.names import readable
 
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "nano"
 TASK_TOKEN: dict[Task, str] = {"caption": "[CAP]", "vqa": "[VQA]", "classify": "[CLS]"}
-CAPTION_BEAMS, CAPTION_TOKENS, CAPTION_LENGTH_POWER = 3, 40, 0.7
+CAPTION_BEAMS, CAPTION_TOKENS, CAPTION_LENGTH_POWER = 3, 40, 0.3
 ANSWER_BEAMS, ANSWER_TOKENS = 5, 16
 SURE = 0.8  # what a full description names
 
