@@ -152,7 +152,9 @@ def table(scores: list[Score], seeds: int) -> str:
     mean = {model: np.mean([by[region, model].accuracy for region in regions]) for model in MODELS}
     f1 = {model: np.mean([by[region, model].macro_f1 for region in regions]) for model in MODELS}
     lines = [
-        "## Land cover from radar with and without an AlphaEarth embedding",
+        "# Land cover from radar with and without an AlphaEarth embedding",
+        "",
+        f"    python -m model_server.evaluation.aef DATA_DIR --seeds {seeds} --markdown docs/AEF.md",
         "",
         f"Accuracy in percent on a held-out region, mean and standard deviation over {seeds} seeds; the last two",
         "columns are means over the regions. Dynamic World's classes, Sentinel-1 VV and VH, embeddings of 2024.",
@@ -173,7 +175,11 @@ def table(scores: list[Score], seeds: int) -> str:
     gain = 100 * (mean["modulated"] - mean["backscatter"])
     over = 100 * (mean["modulated"] - mean["embedding"])
     said = f"Against backscatter alone, modulation gains {gain:+.1f} points; against the embedding alone, {over:+.1f}."
-    return "\n".join([*lines, "", said])
+    caution = (
+        "The labels are Dynamic World's, made from Sentinel-2, which the embeddings have seen too: part of what they add "
+        "may\nbe knowledge of the labels' own source rather than of the ground."
+    )
+    return "\n".join([*lines, "", said, "", caution])
 
 
 @app.command()
