@@ -176,8 +176,8 @@ def table(scores: list[Score], seeds: int) -> str:
     over = 100 * (mean["modulated"] - mean["embedding"])
     said = f"Against backscatter alone, modulation gains {gain:+.1f} points; against the embedding alone, {over:+.1f}."
     caution = (
-        "The labels are Dynamic World's, made from Sentinel-2, which the embeddings have seen too: part of what they add "
-        "may\nbe knowledge of the labels' own source rather than of the ground."
+        "The labels are Dynamic World's, made from Sentinel-2, which the embeddings have seen too: part of what they "
+        "add may\nbe knowledge of the labels' own source rather than of the ground."
     )
     return "\n".join([*lines, "", said, "", caution])
 
