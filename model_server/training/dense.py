@@ -22,7 +22,7 @@ from model_server.checkpoints.store import save_dense
 from model_server.model.config import PRESETS
 from model_server.model.dense import DenseBranch, Maps, early_maps, start_branch
 from model_server.model.vision import Backbone
-from model_server.training.concepts import every_phrase
+from model_server.text.concepts import every_phrase
 from model_server.training.dense_data import BOX_SETS, CHANGE_SETS, MASK_SETS, PhraseBank, Views, read_scenes
 from model_server.training.dense_losses import box_losses, change_losses, mask_losses
 from model_server.training.dense_validation import SCALES, Looker, figures, fit_calibration, gather

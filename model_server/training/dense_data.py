@@ -17,11 +17,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from model_server.model.looks import GREY
+from model_server.text.concepts import CONCEPTS, DISTRACTORS
 from model_server.training.concepts import (
     ABSENT_IN_SCENE,
-    CONCEPTS,
     DISTRACTOR_SETS,
-    DISTRACTORS,
     FULL_SCENES,
     RIVALS,
     absent,
@@ -30,7 +30,6 @@ from model_server.training.concepts import (
 )
 from model_server.training.records import Record, load_image, read_records
 
-GREY = 127
 PHRASES = 4  # asked of each view
 THINGS = tuple(c for c in CONCEPTS if c not in {"road", "water", "forest", "oil spill", "look-alike", "land"})
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from model_server.calibration import DenseCalibration, Logistic
 from model_server.evaluation.dense_metrics import (
@@ -19,10 +18,12 @@ from model_server.evaluation.dense_metrics import (
     match_boxes,
     mean_average_precision,
 )
-from model_server.model.dense import COARSEST, DenseBranch, Maps, early_maps, objects_of, to_pixels
+from model_server.model.dense import DenseBranch, Maps, early_maps, objects_of
+from model_server.model.looks import Frame
 from model_server.model.vision import Backbone
-from model_server.training.concepts import CONCEPTS, boxed, masked
-from model_server.training.dense_data import GREY, Scene, relit
+from model_server.text.concepts import CONCEPTS
+from model_server.training.concepts import boxed, masked
+from model_server.training.dense_data import Scene, relit
 from model_server.training.export import fit_logistic
 
 # Pixels looked at per pixel of the source. Coarse imagery is enlarged, so that its small things fill some cells.
@@ -44,48 +45,34 @@ class Looker:
         return torch.stack([self.phrases[name] for name in names])[None]
 
     @torch.no_grad()
-    def maps(self, image: np.ndarray, scale: float) -> tuple[Maps, tuple[int, int]]:
-        """The branch's maps of an image seen at `scale`, grey to the right and below; and the size without it."""
-        x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-        h, w = (max(round(n * scale), 1) for n in x.shape[-2:])
-        if (h, w) != tuple(x.shape[-2:]):
-            x = F.interpolate(x, (h, w), mode="bilinear", antialias=True)
-        x = F.pad(x, (0, -w % COARSEST, 0, -h % COARSEST), value=GREY)
-        early = early_maps(self.backbone, x, self.branch.config.shared)
-        return self.branch.maps({s: m.float() for s, m in early.items()}), (h, w)
+    def maps(self, image: np.ndarray, frame: Frame) -> Maps:
+        early = early_maps(self.backbone, frame.look(image)[None], self.branch.config.shared)
+        return self.branch.maps({s: m.float() for s, m in early.items()})
 
     @torch.no_grad()
     def boxes(self, image: np.ndarray, scale: float, names: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Boxes [N, 4] in source pixels and scores [N], for each phrase."""
-        maps, (h, w) = self.maps(image, scale)
-        found = self.branch.detect(self.branch.features(maps), self.vectors(names))
+        frame = Frame.of(image, scale)
+        found = self.branch.detect(self.branch.features(self.maps(image, frame)), self.vectors(names))
         out = []
         for k in range(len(names)):
             objects = objects_of(found, 0, k)
-            x = objects.boxes.clamp(min=0).minimum(torch.tensor([w, h, w, h])) / scale
-            out.append((x.numpy(), objects.scores.numpy()))
+            out.append((frame.boxes_on_source(objects.boxes).numpy(), objects.scores.numpy()))
         return out
 
     @torch.no_grad()
     def masks(self, image: np.ndarray, scale: float, names: Sequence[str]) -> np.ndarray:
         """Probabilities [K, H, W] on the source's pixels."""
-        maps, size = self.maps(image, scale)
-        logits = self.branch.segment(self.branch.features(maps), self.vectors(names))
-        return _on_source(logits[0], size, image.shape[:2])
+        frame = Frame.of(image, scale)
+        logits = self.branch.segment(self.branch.features(self.maps(image, frame)), self.vectors(names))
+        return frame.logits_on_source(logits[0]).sigmoid().numpy()
 
     @torch.no_grad()
     def change(self, before: np.ndarray, after: np.ndarray, scale: float) -> np.ndarray:
         """Probability of change [H, W] on the source's pixels."""
-        first, size = self.maps(before, scale)
-        second, _ = self.maps(after, scale)
-        return _on_source(self.branch.change(first, second), size, before.shape[:2])[0]
-
-
-def _on_source(logits: Tensor, seen: tuple[int, int], source: tuple[int, int]) -> np.ndarray:
-    x = to_pixels(logits[None])[..., : seen[0], : seen[1]]
-    if seen != source:
-        x = F.interpolate(x, source, mode="bilinear", antialias=True)
-    return x[0].sigmoid().numpy()
+        frame = Frame.of(before, scale)
+        logits = self.branch.change(self.maps(before, frame), self.maps(after, frame))
+        return frame.logits_on_source(logits)[0].sigmoid().numpy()
 
 
 @dataclass

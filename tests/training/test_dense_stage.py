@@ -15,7 +15,8 @@ from model_server.checkpoints.store import WeightsError, load_checkpoint
 from model_server.model.config import debug
 from model_server.model.dense import Found, early_maps
 from model_server.model.vision import Backbone
-from model_server.training.concepts import CONCEPTS, absent, boxed, every_phrase, masked
+from model_server.text.concepts import CONCEPTS, every_phrase
+from model_server.training.concepts import absent, boxed, masked
 from model_server.training.dense import DenseRun, DenseTrainer, trapezoid
 from model_server.training.dense_data import (
     BOX_SETS,
