@@ -11,7 +11,7 @@ import numpy as np
 from rich.progress import track
 
 from model_server.perceiver import Query
-from model_server.protocol import ModelInfo, TileCaption, TileClasses, TileVqa
+from model_server.protocol import ModelInfo, TileAnswer, TileCaption, TileClasses, TileVqa
 
 BATCH = 32
 
@@ -24,9 +24,13 @@ class Model(Protocol):
 
     info: ModelInfo
 
-    def answer(self, queries: Sequence[Query]) -> Sequence[TileCaption | TileVqa | TileClasses]: ...
+    def answer(self, queries: Sequence[Query]) -> Sequence[TileAnswer]: ...
 
     def image_features(self, images: Sequence[np.ndarray]) -> np.ndarray: ...
+
+    def image_vectors(self, images: Sequence[np.ndarray]) -> np.ndarray: ...
+
+    def text_vectors(self, texts: Sequence[str]) -> np.ndarray: ...
 
 
 def ask(model: Model, queries: Iterable[Query], total: int, kind: type[Answer], title: str) -> list[Answer]:
@@ -52,8 +56,11 @@ def mean_colour(image: np.ndarray) -> np.ndarray:
 
 
 def progress(items: Iterable[Item], title: str, total: int) -> Iterable[Item]:
-    """The items, behind a bar that goes away when they are done; no bar where nobody watches."""
-    return track(items, title, total=total, transient=True, disable=not sys.stdout.isatty())
+    """The items, behind a bar that goes away when they are done; one line where nobody watches."""
+    if not sys.stdout.isatty():
+        print(title, file=sys.stderr, flush=True)
+        return items
+    return track(items, title, total=total, transient=True)
 
 
 def _batches(queries: Iterable[Query]) -> Iterator[list[Query]]:

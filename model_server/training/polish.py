@@ -1,10 +1,10 @@
-"""Stage `polish`: self-critical training of captions (Rennie et al. 2017) on CIDEr.
+"""Stage `polish`: self-critical training of captions (Rennie et al. 2017) on CIDEr and BLEU-1.
 
-A few captions of each image are sampled; each is rewarded by its CIDEr-D above the mean of the others (a leave-one-out
-baseline). The reward is mostly against the captions of the nearest training images, weighted by likeness, and a
+A few captions of each image are sampled; each is rewarded by its measure above the mean of the others (a leave-one-out
+baseline). The measure is mostly against the captions of the nearest training images, weighted by likeness, and a
 little against the image's own, which the model knows by heart: what the neighbours agree on is what a stranger would
-say as well. Cross-entropy on captions and answers
-goes on beside it, so that questions are not forgotten.
+say as well. CIDEr-D alone makes captions ever shorter; BLEU-1 and its brevity penalty hold their length.
+Cross-entropy on captions and answers goes on beside it, so that questions are not forgotten.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
-from model_server.evaluation.caption_metrics import Cider, Tokens, tokenize
+from model_server.evaluation.caption_metrics import Cider, Tokens, bleu, tokenize
 from model_server.model.generate import sample
 from model_server.model.rsvlm import Features
 from model_server.model.vision import square
@@ -41,6 +41,7 @@ class PolishRun(LanguageRun):
     ema: float = 0.98
     samples: int = 5
     neighbour_share: float = 0.85
+    bleu_weight: float = 2.0
     text_weight: float = 0.5
 
 
@@ -48,7 +49,7 @@ class Polisher(LanguageTrainer):
     """Goes on from the averaged model of stage `language`."""
 
     stage = "polish"
-    repeat: ClassVar[dict[str, int]] = {"ucm": 4, "rsvqa_lr": 8, "rsvqa_hr": 8}
+    repeat: ClassVar[dict[str, int]] = {"ucm": 4, "rsvqa_lr": 40, "rsvqa_hr": 40}
 
     def __init__(self, run: PolishRun) -> None:
         self.polish = run
@@ -84,12 +85,13 @@ class Polisher(LanguageTrainer):
                 self.near[captioned[row]] = [(captioned[o], w) for o, w in zip(others, shares, strict=True)]
 
     def rewards(self, image: int, said: list[Tokens]) -> np.ndarray:
-        """CIDEr-D of each caption, own references and neighbours' mixed: float [samples]."""
+        """CIDEr-D and weighted BLEU-1 of each caption, own references and neighbours' mixed: float [samples]."""
         scorer, share = self.scorers[self.train[image].set], self.polish.neighbour_share
-        own = scorer.similarity(said, self.captions[image]).mean(1)
-        texts = [text for other, _ in self.near[image] for text in self.captions[other]]
-        weights = [w / len(self.captions[o]) for o, w in self.near[image] for _ in self.captions[o]]
-        return (1 - share) * own + share * scorer.similarity(said, texts) @ np.array(weights)
+        shares = [(image, 1 - share), *((other, share * w) for other, w in self.near[image])]
+        texts = [text for i, _ in shares for text in self.captions[i]]
+        weights = [w / len(self.captions[i]) for i, w in shares for _ in self.captions[i]]
+        worded = [sum(w * bleu([tokens], [self.captions[i]])[0] for i, w in shares) for tokens in said]
+        return scorer.similarity(said, texts) @ np.array(weights) + self.polish.bleu_weight * np.array(worded)
 
     @torch.no_grad()
     def draw(self, features: Features) -> list[list[str]]:

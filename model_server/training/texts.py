@@ -80,7 +80,7 @@ def texts_of(record: Record, rng: Random, scenes: Sequence[str]) -> ImageTexts:
     asked = tuple(Text("[VQA]", qa.question, qa.answer) for qa in questions)
     if record.presence:  # richly annotated: as many questions as captions
         return ImageTexts(captions, asked, 3, 3)
-    return ImageTexts(captions, asked, 3, 1) if captions else ImageTexts((), asked, 0, 6)
+    return ImageTexts(captions, asked, 3, 1) if captions else ImageTexts((), asked, 0, 24)
 
 
 def all_texts(records: Sequence[Record], seed: int) -> list[ImageTexts]:
