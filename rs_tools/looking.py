@@ -1,6 +1,7 @@
-"""A scene's looks, streamed through the model: read in a thread, asked in batches, answers kept and pixels dropped.
+"""The looks at a scene or a pair, streamed through the model: read in a thread, asked in batches, pixels dropped.
 
 One batch is read while the model answers the one before, so that no more than two are held however large the scene.
+Answers are kept, but for those that a taker works up at once (maps of pixels, which are as large as what they show).
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import threading
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from rs_tools.errors import ServerBusy
+from rs_tools.imagery.alignment import Pair, PairPixels
 from rs_tools.imagery.scene import Pixels, Region, Scene
 from rs_tools.imagery.tiling import Looks
 from rs_tools.reduction import Look
@@ -30,13 +32,32 @@ Progress = Callable[[int, int, str], Awaitable[None] | None]
 _A = TypeVar("_A")
 
 
+class Taken(NamedTuple, Generic[_A]):
+    """One look's answer for a taker.
+
+    Attributes:
+        index: number of the look.
+        answer: None where the look holds no data.
+        valid: bool [H, W], the pixels that hold data, of a pair in both.
+    """
+
+    index: int
+    answer: _A | None
+    valid: np.ndarray
+
+
 @dataclass(frozen=True)
 class _Tile:
-    """A tile as it was read. `pixels` is None where it holds no data; `color` is its one colour, None: several."""
+    """A tile as it was read, or a pair of them.
+
+    `pictures` are what the model is shown, none where the tile holds no data; `mask` says which pixels hold data;
+    `color` is the tile's one colour, None: several.
+    """
 
     region: Region
     overview: bool
-    pixels: np.ndarray | None
+    pictures: tuple[np.ndarray, ...]
+    mask: np.ndarray | None
     valid: float
     color: tuple[int, ...] | None
 
@@ -57,12 +78,10 @@ class Seen(Generic[_A]):
     _tiles: list[_Tile] = field(default_factory=list)
     _answers: list[_A | None] = field(default_factory=list)
 
-    def add(self, tiles: Sequence[_Tile], answers: Sequence[_A]) -> None:
-        """Take in a batch; `answers` are those to its tiles with data, in order. Pixels are dropped."""
-        given = iter(answers)
-        for tile in tiles:
-            self._answers.append(next(given) if tile.pixels is not None else None)
-            self._tiles.append(_Tile(tile.region, tile.overview, None, tile.valid, tile.color))
+    def add(self, tiles: Sequence[_Tile], answers: Sequence[_A | None]) -> None:
+        """Take in a batch; `answers`: one to each tile, None where it holds no data or where it is not to be kept."""
+        self._answers += answers
+        self._tiles += [_Tile(tile.region, tile.overview, (), None, tile.valid, tile.color) for tile in tiles]
         self.done += len(tiles)
 
     @property
@@ -96,24 +115,27 @@ class OutOfTime(Exception, Generic[_A]):
 
 
 async def stream(
-    scene: Scene,
+    scene: Scene | Pair,
     looks: Looks,
     ask: Callable[[list[np.ndarray]], Awaitable[Sequence[_A]]],
     *,
     seconds: float,
     progress: Progress | None = None,
     batch: int = BATCH,
+    take: Callable[[Sequence[Taken[_A]]], Awaitable[None]] | None = None,
 ) -> Seen[_A]:
     """Have every look answered. Cancelling stops reading at the next tile, and asks nothing more.
 
     Args:
         scene: what to look at.
         looks: which windows of it.
-        ask: answers a batch of tiles, each uint8 [H, W, 3], in order. When the model server gets busy later than at
-            the first batch, the batch is asked again until the time is over.
+        ask: answers a batch of tiles, each uint8 [H, W, 3], in order; of a pair, tiles come as before, after, before,
+            ... and every two get one answer. When the model server gets busy later than at the first batch, the
+            batch is asked again until the time is over.
         seconds: the time there is.
         progress: told after each batch.
-        batch: tiles that are asked about at a time.
+        batch: tiles (of a pair: pairs of tiles) that are asked about at a time.
+        take: given the answers of each batch, in order; they are not kept then.
 
     Raises:
         OutOfTime: the time was over.
@@ -132,8 +154,13 @@ async def stream(
             await _report(progress, seen)
             while tiles := await ahead:
                 ahead = loop.run_in_executor(thread, next, batches, None)
-                pixels = [tile.pixels for tile in tiles if tile.pixels is not None]
-                seen.add(tiles, await _asked(ask, pixels, patient=seen.done > 0) if pixels else [])
+                pictures = [picture for tile in tiles for picture in tile.pictures]
+                given = iter(await _asked(ask, pictures, patient=seen.done > 0) if pictures else [])
+                answers = [next(given) if tile.pictures else None for tile in tiles]
+                if take is not None:
+                    await take(_taken(tiles, answers, seen.done))
+                    answers = [None] * len(tiles)
+                seen.add(tiles, answers)
                 await _report(progress, seen)
     except TimeoutError as error:
         if not limit.expired():
@@ -167,7 +194,15 @@ async def _report(progress: Progress | None, seen: Seen) -> None:
         await told
 
 
-def _batches(scene: Scene, looks: Looks, size: int, stopped: threading.Event) -> Generator[list[_Tile]]:
+def _taken(tiles: Sequence[_Tile], answers: Sequence[_A | None], first: int) -> list[Taken[_A]]:
+    return [
+        Taken(index, answer, tile.mask)
+        for index, (tile, answer) in enumerate(zip(tiles, answers, strict=True), first)
+        if tile.mask is not None
+    ]
+
+
+def _batches(scene: Scene | Pair, looks: Looks, size: int, stopped: threading.Event) -> Generator[list[_Tile]]:
     """Tiles in order, `size` with data at a time. Everything happens in the thread that asks for the next."""
     batch: list[_Tile] = []
     with scene.reader() as read:
@@ -176,7 +211,7 @@ def _batches(scene: Scene, looks: Looks, size: int, stopped: threading.Event) ->
                 return
             overview = index == 0 and looks.overview is not None
             batch.append(_tile(region, overview, read(region, out_size)))
-            with_data = sum(tile.pixels is not None for tile in batch)
+            with_data = sum(bool(tile.pictures) for tile in batch)
             if with_data == size or len(batch) - with_data == _EMPTY_PER_BATCH:
                 yield batch
                 batch = []
@@ -184,22 +219,30 @@ def _batches(scene: Scene, looks: Looks, size: int, stopped: threading.Event) ->
         yield batch
 
 
-def _tile(region: Region, overview: bool, read: Pixels) -> _Tile:
-    valid = float(read.valid.mean())
+def _tile(region: Region, overview: bool, read: Pixels | PairPixels) -> _Tile:
+    mask = read.valid
+    valid = float(mask.mean())
     if valid == 0:
-        return _Tile(region, overview, None, 0.0, None)
-    colors = (read.rgb if valid == 1 else read.rgb[read.valid]).reshape(-1, 3)
+        return _Tile(region, overview, (), mask, 0.0, None)
+    shown = (read.rgb,) if isinstance(read, Pixels) else (read.before.rgb, read.after.rgb)
+    colors = [_one_color(rgb, mask, valid) for rgb in shown]
+    color = colors[0] if all(one is not None for one in colors) else None
+    return _Tile(region, overview, tuple(_filled(rgb, mask, valid) for rgb in shown), mask, valid, color)
+
+
+def _one_color(rgb: np.ndarray, mask: np.ndarray, valid: float) -> tuple[int, ...] | None:
+    colors = (rgb if valid == 1 else rgb[mask]).reshape(-1, 3)
     # Nearly every tile shows a second colour in its first pixels, so the rest need not be compared.
     one = (colors[:256] == colors[0]).all() and (colors == colors[0]).all()
-    return _Tile(region, overview, _filled(read, valid), valid, tuple(colors[0].tolist()) if one else None)
+    return tuple(colors[0].tolist()) if one else None
 
 
-def _filled(read: Pixels, valid: float) -> np.ndarray:
+def _filled(rgb: np.ndarray, mask: np.ndarray, valid: float) -> np.ndarray:
     """The tile with the mean colour of its valid pixels in place of the others, which the model cannot know."""
     if valid == 1:
-        return read.rgb
-    tile = read.rgb.copy()
-    tile[~read.valid] = np.rint(read.rgb[read.valid].mean(axis=0))
+        return rgb
+    tile = rgb.copy()
+    tile[~mask] = np.rint(rgb[mask].mean(axis=0))
     return tile
 
 

@@ -39,11 +39,14 @@ class Band:
     probabilities: np.ndarray
     valid: np.ndarray
 
-    def mask(self, threshold: float = 0.5) -> np.ndarray:
-        """The likeliest class where it reaches the threshold: uint8 [n, W], 1 + its index, 0 for none, 255 nodata."""
-        likeliest = self.probabilities.argmax(axis=0)
-        reached = self.probabilities.max(axis=0) >= threshold
-        mask = np.where(reached, likeliest + 1, 0).astype(np.uint8)
+    def mask(self, thresholds: float | Sequence[float] = 0.5) -> np.ndarray:
+        """The class furthest above its threshold: uint8 [n, W], 1 + its index, 0 where none reaches it, 255 nodata.
+
+        Args:
+            thresholds: one for all classes, or one for each.
+        """
+        margins = self.probabilities - np.reshape(np.asarray(thresholds, np.float32), (-1, 1, 1))
+        mask = np.where(margins.max(axis=0) >= 0, margins.argmax(axis=0) + 1, 0).astype(np.uint8)
         mask[~self.valid] = NODATA
         return mask
 

@@ -125,10 +125,14 @@ class Georeference:
         """
         boxes = np.asarray(boxes, float).reshape(-1, 4)
         corners = boxes[:, [[0, 1], [0, 3], [2, 3], [2, 1], [0, 1]]]  # [N, 5, 2]
-        diagonal = np.hypot(*(boxes[:, 2:] - boxes[:, :2]).T)
-        curves = self.curves(list(corners), np.maximum(0.5, 0.005 * diagonal))
+        return self.outlines(list(corners))
+
+    def outlines(self, rings: Sequence[np.ndarray]) -> list[list[list[float]] | None]:
+        """As `rings`, of closed rings of pixel positions: each float [n, 2], the first position repeated at the end."""
+        diagonals = [float(np.hypot(*np.ptp(ring, axis=0))) for ring in rings]
+        curves = self.curves(rings, np.maximum(0.5, 0.005 * np.array(diagonals)))
         outlines = [
-            None if curve is None else self.outline(curve, ring) for curve, ring in zip(curves, corners, strict=True)
+            None if curve is None else self.outline(curve, ring) for curve, ring in zip(curves, rings, strict=True)
         ]
         return [None if outline is None else _counterclockwise(outline).tolist() for outline in outlines]
 

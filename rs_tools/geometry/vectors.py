@@ -31,12 +31,14 @@ class Shape:
         value: of its pixels in the mask.
         pixels: how many they are.
         polygon: its outline in scene pixels; of the pixels exactly, or simplified.
+        score: mean over its pixels of what was given beside the mask; 0 where nothing was.
         area_m2: of the exact outline on Earth, or None where that has no place.
     """
 
     value: int
     pixels: int
     polygon: shapely.Polygon
+    score: float = 0.0
     area_m2: float | None = None
 
 
@@ -46,6 +48,7 @@ class _Open:
 
     value: int
     pieces: list[shapely.Polygon]
+    total: float  # of the scores of its pixels
 
 
 @dataclass
@@ -70,14 +73,20 @@ class MaskOutliner:
     specks: int = 0
     speck_pixels: int = 0
     _rows: list[np.ndarray] = field(default_factory=list)
+    _scores: list[np.ndarray] = field(default_factory=list)
     _waiting: int = 0
     _top: int = 0
     _last: np.ndarray | None = None  # of the strip before: for each column the number of its open area, or -1
     _open: dict[int, _Open] = field(default_factory=dict)
 
-    def add(self, rows: np.ndarray) -> Iterator[Shape]:
-        """Take the next rows, uint8 [n, width], and give the areas that ended above them."""
+    def add(self, rows: np.ndarray, scores: np.ndarray | None = None) -> Iterator[Shape]:
+        """Take the next rows, uint8 [n, width], and give the areas that ended above them.
+
+        `scores`, float [n, width], are averaged over each area; give them with all rows or with none.
+        """
         self._rows.append(rows)
+        if scores is not None:
+            self._scores.append(scores)
         self._waiting += len(rows)
         if self._waiting >= _STRIP_ROWS:
             yield from self._strip()
@@ -91,28 +100,28 @@ class MaskOutliner:
     def _strip(self) -> Iterator[Shape]:
         strip = np.concatenate(self._rows)
         top, height = self._top, len(strip)
-        self._rows, self._waiting, self._top = [], 0, top + height
+        scores = np.concatenate(self._scores) if self._scores else None
+        self._rows, self._scores, self._waiting, self._top = [], [], 0, top + height
         place = Affine.translation(self.origin[0], self.origin[1] + top)
         pieces, values = [], []
         kept = (strip != 0) & (strip != NODATA)
         for geometry, value in shapes(strip, mask=kept, connectivity=4, transform=place):
             pieces.append(shapely.geometry.shape(geometry))
             values.append(int(value))
-        first = self._numbered(pieces, values, strip[0], top, 0)
-        last = self._numbered(pieces, values, strip[-1], top, height - 1)
-        owner = self._joined(pieces, values, first)
+        totals = _totals(pieces, scores, place)
+        first = self._numbered(pieces, top, 0)
+        last = self._numbered(pieces, top, height - 1)
+        owner = self._joined(pieces, values, totals, first)
         inside = set(range(len(pieces))) - set(owner)
         for i in sorted(inside - set(last.tolist())):
-            yield from self._shape(values[i], [pieces[i]])
+            yield from self._shape(values[i], [pieces[i]], totals[i])
         for i in sorted(inside & set(last.tolist())):
             owner[i] = max(self._open, default=-1) + 1
-            self._open[owner[i]] = _Open(values[i], [pieces[i]])
+            self._open[owner[i]] = _Open(values[i], [pieces[i]], totals[i])
         self._last = np.array([owner[i] if i >= 0 else -1 for i in last.tolist()])
         yield from self._closed(set(self._last.tolist()))
 
-    def _numbered(
-        self, pieces: list[shapely.Polygon], values: list[int], row: np.ndarray, top: int, offset: int
-    ) -> np.ndarray:
+    def _numbered(self, pieces: list[shapely.Polygon], top: int, offset: int) -> np.ndarray:
         """For each column of one row of the strip the number of the piece there, or -1."""
         y = self.origin[1] + top + offset
         there = [i for i, piece in enumerate(pieces) if piece.bounds[1] <= y < piece.bounds[3]]
@@ -124,7 +133,9 @@ class MaskOutliner:
         rasterize(numbered, out=numbers, transform=place)
         return numbers[0]
 
-    def _joined(self, pieces: list[shapely.Polygon], values: list[int], first: np.ndarray) -> dict[int, int]:
+    def _joined(
+        self, pieces: list[shapely.Polygon], values: list[int], totals: list[float], first: np.ndarray
+    ) -> dict[int, int]:
         """The open area that each piece of the strip continues; areas that a piece connects become one."""
         owner: dict[int, int] = {}
         if self._last is None:
@@ -143,8 +154,10 @@ class MaskOutliner:
             if i not in owner:
                 owner[i] = root(area)
                 self._open[owner[i]].pieces.append(pieces[i])
+                self._open[owner[i]].total += totals[i]
             elif root(area) != root(owner[i]):
                 gone, stays = root(area), root(owner[i])
+                self._open[stays].total += self._open[gone].total
                 self._open[stays].pieces += self._open.pop(gone).pieces
                 into[gone] = stays
         return {i: root(area) for i, area in owner.items()}
@@ -152,9 +165,9 @@ class MaskOutliner:
     def _closed(self, going_on: set[int]) -> Iterator[Shape]:
         for number in sorted(set(self._open) - going_on):
             area = self._open.pop(number)
-            yield from self._shape(area.value, area.pieces)
+            yield from self._shape(area.value, area.pieces, area.total)
 
-    def _shape(self, value: int, pieces: list[shapely.Polygon]) -> Iterator[Shape]:
+    def _shape(self, value: int, pieces: list[shapely.Polygon], total: float) -> Iterator[Shape]:
         pixels = round(sum(piece.area for piece in pieces))
         if pixels < self.min_pixels:
             self.specks += 1
@@ -162,7 +175,16 @@ class MaskOutliner:
             return
         whole = pieces[0] if len(pieces) == 1 else shapely.simplify(shapely.union_all(pieces), 0)
         for polygon in _polygons(whole):
-            yield Shape(value, round(polygon.area), polygon)
+            yield Shape(value, round(polygon.area), polygon, total / pixels)
+
+
+def _totals(pieces: list[shapely.Polygon], scores: np.ndarray | None, place: Affine) -> list[float]:
+    """The sum of the scores under each piece of a strip."""
+    if scores is None or not pieces:
+        return [0.0] * len(pieces)
+    numbers = np.zeros(scores.shape, np.int32)
+    rasterize([(piece, i) for i, piece in enumerate(pieces, 1)], out=numbers, transform=place)
+    return np.bincount(numbers.ravel(), scores.ravel(), len(pieces) + 1)[1:].tolist()
 
 
 def simplified(polygon: shapely.Polygon, tolerance: float = 1.0) -> shapely.Polygon:

@@ -8,8 +8,10 @@ The model works on `MODEL_SIDE` pixels and was trained on imagery of 0.3 to 10 m
   as the region has model sides.
 - A question about details (is there a ..., how many ...) gets tiles at the finest scale.
 - The finest scale is the image's own, but not finer than `FINEST_GSD_M`, which shows the model less than it knows.
+- Boxes and masks come from tiles of `DENSE_SIDE`, which is no working size of the model's: it scales a tile to what it
+  knows. A region that is little larger is one tile. The finest scale for them is `FINEST_DENSE_GSD_M`.
 
-Both are bounded: beyond `MAX_PARTS` or `MAX_TILES` the scale becomes coarser, which `Looks.coarsened` tells.
+All are bounded: beyond `MAX_PARTS` or `MAX_TILES` the scale becomes coarser, which `Looks.coarsened` tells.
 """
 
 from __future__ import annotations
@@ -26,6 +28,10 @@ WHOLE_SIDE = 1024
 FINEST_GSD_M = 0.3
 MAX_PARTS = 64
 MAX_TILES = 400
+DENSE_SIDE = 512
+DENSE_ONCE = 768
+DENSE_OVERLAP = 64
+FINEST_DENSE_GSD_M = 0.1
 OVERLAP = 32  # tile pixels; whatever is no larger is seen whole in one tile. benchmarks/scene.py prints what it costs
 
 
@@ -138,23 +144,37 @@ def look_closely(region: Region, gsd_m: float | None, *, overview: bool, overlap
     return _bounded(region, overview=overview, overlap=overlap, decimation=_finest(gsd_m), most=MAX_TILES)
 
 
+def look_densely(region: Region, gsd_m: float | None) -> Looks:
+    """Overlapping tiles for answers about places and pixels; `gsd_m` is the scene's metres per pixel, or None."""
+    decimation = max(1.0, FINEST_DENSE_GSD_M / gsd_m) if gsd_m else 1.0
+    if _within(region, math.floor(DENSE_ONCE * decimation)):
+        return Looks(None, tile_grid(region, DENSE_ONCE, 0, decimation))
+    parts, coarsened = _affordable(region, DENSE_SIDE, DENSE_OVERLAP, decimation, MAX_TILES)
+    return Looks(None, parts, coarsened)
+
+
 def _bounded(region: Region, *, overview: bool, overlap: int, decimation: float, most: int) -> Looks:
-    x1, y1, x2, y2 = region
-    wanted = tiles = _count(region, overlap, decimation)
-    if tiles > most:
-        decimation = max(decimation, math.sqrt((x2 - x1) * (y2 - y1) / most) / MODEL_SIDE)
-        while _count(region, overlap, decimation) > most:
-            decimation *= 1.01
-    parts = tile_grid(region, MODEL_SIDE, overlap, decimation)
+    parts, coarsened = _affordable(region, MODEL_SIDE, overlap, decimation, most)
     if len(parts.regions) == 1:
         return look_once(region)
-    return Looks(single_tile(region) if overview else None, parts, wanted if wanted > most else 0)
+    return Looks(single_tile(region) if overview else None, parts, coarsened)
 
 
-def _count(region: Region, overlap: int, decimation: float) -> int:
+def _affordable(region: Region, side: int, overlap: int, decimation: float, most: int) -> tuple[TilePlan, int]:
+    """At most `most` tiles, coarser where that takes it; and how many the given scale takes where that is more."""
+    x1, y1, x2, y2 = region
+    wanted = _count(region, side, overlap, decimation)
+    if wanted > most:
+        decimation = max(decimation, math.sqrt((x2 - x1) * (y2 - y1) / most) / side)
+        while _count(region, side, overlap, decimation) > most:
+            decimation *= 1.01
+    return tile_grid(region, side, overlap, decimation), wanted if wanted > most else 0
+
+
+def _count(region: Region, side: int, overlap: int, decimation: float) -> int:
     """The number of tiles of `tile_grid`, without making them."""
     x1, y1, x2, y2 = region
-    reach, shared = math.floor(MODEL_SIDE * decimation), math.ceil(overlap * decimation)
+    reach, shared = math.floor(side * decimation), math.ceil(overlap * decimation)
     return _number(x2 - x1, reach, shared) * _number(y2 - y1, reach, shared)
 
 
