@@ -6,8 +6,13 @@ A phrase is a counter-example on an image only where that set would have labelle
 
 from __future__ import annotations
 
-from model_server.text.concepts import CONCEPTS
+from model_server.text.concepts import CONCEPTS, DISTRACTORS, Concept
 from model_server.training.records import Record
+
+__all__ = [
+    "ABSENT_IN_SCENE", "ABSENT_WITH", "CONCEPTS", "DERIVED", "DISTRACTORS", "DISTRACTOR_SETS", "FULL_SCENES", "RIVALS",
+    "UNLABELLED", "Concept", "absent", "boxed", "masked",
+]  # fmt: skip
 
 # What may be in a set's images without being labelled; concepts that overlap a labelled one belong here, too.
 UNLABELLED: dict[str, frozenset[str]] = {
