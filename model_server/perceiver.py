@@ -28,7 +28,10 @@ from model_server.text.answers import answer_kind
 from model_server.text.names import readable
 
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "nano"
-TASK_TOKEN: dict[Task, str] = {"caption": "[CAP]", "vqa": "[VQA]", "classify": "[CLS]"}
+TASK_TOKEN: dict[Task, str] = {
+    "caption": "[CAP]", "vqa": "[VQA]", "classify": "[CLS]",
+    "ground": "[VG]", "segment": "[SEG]", "detect_change": "[CCD]",
+}  # fmt: skip
 CAPTION_BEAMS, CAPTION_TOKENS, CAPTION_LENGTH_POWER = 3, 40, 0.3
 ANSWER_BEAMS, ANSWER_TOKENS = 5, 16
 SURE = 0.8  # what a full description names
@@ -117,6 +120,17 @@ class Perceiver:
         heads = self.model.heads
         words = F.normalize(heads.concepts(pooled).sigmoid().sqrt(), dim=-1)
         return (torch.cat((heads.image_vectors(pooled), words), -1) / math.sqrt(2)).cpu().numpy()
+
+    @torch.inference_mode()
+    def image_vectors(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """float32 [N, E] unit rows of the contrastive head; their products with `text_vectors` rank captions."""
+        return self.model.heads.image_vectors(self.model.encode(self._pixels(images)).pooled).cpu().numpy()
+
+    @torch.inference_mode()
+    def text_vectors(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 [N, E] unit rows of the contrastive head."""
+        ids, mask = self._sentence_ids(texts)
+        return self.model.heads.sentence_vectors(self.model.sentence(ids, mask)[1]).cpu().numpy()
 
     def _pixels(self, images: Sequence[np.ndarray]) -> Tensor:
         return torch.stack([square(image, self.config.image_size) for image in images]).to(self.device)
