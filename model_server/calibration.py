@@ -1,6 +1,7 @@
 """From raw model scores to confidences that mean something: fitted on validation data, stored with the weights.
 
-Answers: Platt scaling of the answer's log-odds, apart for yes/no and the rest. Labels: one temperature. Captions:
+Yes or no: Platt scaling of the odds of yes against no, which also mends a leaning towards either. Other answers: Platt
+scaling of the answer's log-odds. Labels: one temperature. Captions:
 a logistic map from the mean token log-probability to the ROUGE-L that such captions reach against their references,
 so a caption's confidence is its expected agreement with a human's.
 """
@@ -37,10 +38,10 @@ class Calibration:
     abstain_yes_no: float = 0.6
     abstain_answer: float = 0.3
 
-    def answer_confidence(self, logprob: float, yes_no: bool) -> float:
-        """Chance that an answer of this log-probability is right."""
+    def answer_confidence(self, logprob: float) -> float:
+        """Chance that an answer of this log-probability, neither yes nor no, is right."""
         p = min(max(math.exp(logprob), 1e-6), 1 - 1e-6)
-        return (self.yes_no if yes_no else self.answer)(math.log(p / (1 - p)))
+        return self.answer(math.log(p / (1 - p)))
 
     def abstain_below(self, yes_no: bool) -> float:
         return self.abstain_yes_no if yes_no else self.abstain_answer

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -180,22 +180,33 @@ class Perceiver:
         said = list({self.tokenizer.decode(h.ids): h.logprob for h in reversed(hypotheses)}.items())[::-1]
         answer, logprob = said[0]
         kind = answer_kind(answer)
-        if kind == "yes_no":  # the odds of yes against no, whatever else might have been said
-            pair = [p for a, p in said if answer_kind(a) == "yes_no"]
-            logprob -= math.log(sum(math.exp(p) for p in pair))
-        confidence = self.calibration.answer_confidence(logprob, kind == "yes_no")
+        if kind == "yes_no":
+            return self._yes_or_no(dict(said))
+        confidence = self.calibration.answer_confidence(logprob)
         rest = sum(math.exp(p) for _, p in said[1:])
-        others = [
-            RankedAnswer(answer=a, confidence=(1 - confidence) * math.exp(p) / max(rest, 1e-9))
-            for a, p in said[1:4]
-            if kind != "yes_no" or answer_kind(a) == "yes_no"
-        ]
         return TileVqa(
             answer=answer,
             kind=kind,
             confidence=confidence,
-            abstained=confidence < self.calibration.abstain_below(kind == "yes_no"),
-            alternatives=others,
+            abstained=confidence < self.calibration.abstain_below(yes_no=False),
+            alternatives=[
+                RankedAnswer(answer=a, confidence=(1 - confidence) * math.exp(p) / max(rest, 1e-9))
+                for a, p in said[1:4]
+            ],
+        )
+
+    def _yes_or_no(self, said: Mapping[str, float]) -> TileVqa:
+        """The calibrated odds of yes against no, whatever else might have been said."""
+        least = min(said.values())  # of an answer that is not among the best, no more is known than that it is rarer
+        yes = self.calibration.yes_no(said.get("yes", least) - said.get("no", least))
+        answer, other = ("yes", "no") if yes >= 0.5 else ("no", "yes")
+        confidence = max(yes, 1 - yes)
+        return TileVqa(
+            answer=answer,
+            kind="yes_no",
+            confidence=confidence,
+            abstained=confidence < self.calibration.abstain_below(yes_no=True),
+            alternatives=[RankedAnswer(answer=other, confidence=1 - confidence)],
         )
 
     def _classes(self, features: Features, queries: Sequence[Query]) -> list[TileClasses]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pytest import MonkeyPatch
 
 from model_server.calibration import Calibration, Logistic
 from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver, Query, WeightsError
@@ -100,10 +101,22 @@ def test_the_kind_of_an_answer_is_read_off_it(answer: str, kind: str) -> None:
 
 def test_calibration_maps_probabilities_monotonically_and_survives_json() -> None:
     calibration = Calibration(yes_no=Logistic(0.8, -0.2), answer=Logistic(1.3, -1.0))
-    values = [calibration.answer_confidence(float(np.log(p)), yes_no=False) for p in (0.01, 0.3, 0.9, 1.0)]
+    values = [calibration.answer_confidence(float(np.log(p))) for p in (0.01, 0.3, 0.9, 1.0)]
     assert values == sorted(values)
     assert all(0 < v < 1 for v in values)
     assert Calibration.from_json(calibration.to_json()) == calibration
+
+
+def test_a_leaning_towards_no_is_mended_by_the_calibration(perceiver: Perceiver, monkeypatch: MonkeyPatch) -> None:
+    said = {"no": float(np.log(0.6)), "yes": float(np.log(0.3)), "farmland": float(np.log(0.01))}
+    monkeypatch.setattr(perceiver, "calibration", Calibration(yes_no=Logistic(1.0, 0.0)))
+    plain = perceiver._yes_or_no(said)
+    assert (plain.answer, plain.confidence) == ("no", pytest.approx(2 / 3))
+    monkeypatch.setattr(perceiver, "calibration", Calibration(yes_no=Logistic(1.0, 1.5)))
+    mended = perceiver._yes_or_no(said)
+    assert mended.answer == "yes"
+    assert mended.alternatives[0].answer == "no"
+    assert mended.confidence + mended.alternatives[0].confidence == pytest.approx(1)
 
 
 @pytest.fixture(scope="module")

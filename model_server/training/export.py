@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from model_server.evaluation.caption_metrics import rouge_l, tokenize
 from model_server.perceiver import Perceiver, Query
 from model_server.protocol import TileCaption, TileClasses, TileVqa
 from model_server.text.answers import normalise
+from model_server.text.questions import presence_questions
 from model_server.training.images import thinned
 from model_server.training.language import LanguageTrainer
 from model_server.training.records import Record, load_image, read_records
@@ -72,15 +74,29 @@ def _ask(perceiver: Perceiver, queries: Sequence[Query]) -> list[TileCaption | T
 
 
 def _answers(perceiver: Perceiver, records: Sequence[Record]) -> dict[str, Logistic]:
-    """Raw confidence = probability of the answer, as the identity calibration of a fresh export gives it."""
-    pairs = [(Query("vqa", load_image(r.images[0]), text=qa.question), qa) for r in records for qa in r.qa]
+    """Confidences of a fresh export, whose calibration is the identity, are raw probabilities.
+
+    Yes-or-no questions are the data's own and, so that no leaning goes unseen, as many with yes as with no made from
+    the presence labels.
+    """
+    rng = Random("calibration")
+    pairs = [
+        (Query("vqa", image, text=qa.question), qa)
+        for r in records
+        for image in [load_image(r.images[0])]
+        for qa in (*r.qa, *presence_questions(r, rng))
+    ]
     said = _ask(perceiver, [query for query, _ in pairs])
     found: dict[str, list[tuple[float, bool]]] = {"yes_no": [], "answer": []}
     for answer, (_, qa) in zip(said, pairs, strict=True):
         assert isinstance(answer, TileVqa)
         p = min(max(answer.confidence, 1e-6), 1 - 1e-6)
-        right = normalise(answer.answer) == normalise(qa.answer)
-        found["yes_no" if answer.kind == "yes_no" else "answer"].append((float(np.log(p / (1 - p))), right))
+        log_odds = float(np.log(p / (1 - p)))
+        truth = normalise(qa.answer)
+        if answer.kind != "yes_no":
+            found["answer"].append((log_odds, normalise(answer.answer) == truth))
+        elif truth in ("yes", "no"):
+            found["yes_no"].append((log_odds if answer.answer == "yes" else -log_odds, truth == "yes"))
     return {
         name: fit_logistic(torch.tensor([x for x, _ in rows]), torch.tensor([float(y) for _, y in rows]))
         for name, rows in found.items()

@@ -42,7 +42,7 @@ class PolishRun(LanguageRun):
     samples: int = 5
     neighbour_share: float = 0.85
     bleu_weight: float = 2.0
-    text_weight: float = 0.5
+    text_weight: float = 1.0
 
 
 class Polisher(LanguageTrainer):

@@ -78,8 +78,8 @@ def texts_of(record: Record, rng: Random, scenes: Sequence[str]) -> ImageTexts:
         questions += [qa for _ in range(2) for qa in scene_presence(record, rng, scenes)]
     captions = tuple(Text("[CAP]", "", caption_text(c)) for c in record.captions if c.strip())
     asked = tuple(Text("[VQA]", qa.question, qa.answer) for qa in questions)
-    if record.presence:  # richly annotated: as many questions as captions
-        return ImageTexts(captions, asked, 3, 3)
+    if record.presence:  # richly annotated
+        return ImageTexts(captions, asked, 3, 8)
     return ImageTexts(captions, asked, 3, 1) if captions else ImageTexts((), asked, 0, 24)
 
 
