@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from pytest import MonkeyPatch
 
 from model_server.calibration import Calibration, Logistic
 from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver, Query, WeightsError
@@ -107,7 +106,9 @@ def test_calibration_maps_probabilities_monotonically_and_survives_json() -> Non
     assert Calibration.from_json(calibration.to_json()) == calibration
 
 
-def test_a_leaning_towards_no_is_mended_by_the_calibration(perceiver: Perceiver, monkeypatch: MonkeyPatch) -> None:
+def test_a_leaning_towards_no_is_mended_by_the_calibration(
+    perceiver: Perceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said = {"no": float(np.log(0.6)), "yes": float(np.log(0.3)), "farmland": float(np.log(0.01))}
     monkeypatch.setattr(perceiver, "calibration", Calibration(yes_no=Logistic(1.0, 0.0)))
     plain = perceiver._yes_or_no(said)
