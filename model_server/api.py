@@ -10,7 +10,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any, get_args
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -26,7 +26,7 @@ from model_server.protocol import (
     MAX_BODY_BYTES,
     SERVICE,
     PerceiveResponse,
-    Task,
+    TaskNotServed,
     WireError,
     decode_request,
     encode_response,
@@ -99,7 +99,7 @@ class Api:
             raise EngineNotReady("the model is still loading")
         info = perceiver.info.model_dump()
         model = {"id": info["model"], "object": "model", "owned_by": "rs-perception", **info}
-        model |= {"tasks": list(get_args(Task)), "taxonomy": list(perceiver.taxonomy)}
+        model |= {"tasks": list(perceiver.tasks), "taxonomy": list(perceiver.taxonomy)}
         return JSONResponse({"object": "list", "data": [model]})
 
     async def perceive(self, request: Request) -> Response:
@@ -113,7 +113,7 @@ class Api:
             del body  # the tiles are copies
             answer = await self._unless_gone(request, self._engine.perceive(asked, tiles))
         logger.info("perceive task=%s tiles=%d elapsed_s=%.3f", asked.task, len(tiles), answer.elapsed_s)
-        return Response(encode_response(answer), media_type=MEDIA_TYPE)
+        return Response(await run_in_threadpool(encode_response, answer), media_type=MEDIA_TYPE)
 
     def _authorize(self, request: Request) -> None:
         if self._token is None:
@@ -163,6 +163,7 @@ async def _disconnected(request: Request) -> None:
 # What a failure looks like to the caller: (exception, status, type in the JSON body).
 ERRORS: list[tuple[type[Exception], int, str]] = [
     (WireError, 400, "bad_request"),
+    (TaskNotServed, 501, "not_served"),
     (BodyTooLarge, 413, "too_large"),
     (EngineBusy, 503, "busy"),
     (EngineNotReady, 503, "not_ready"),

@@ -25,19 +25,26 @@ from model_server.protocol import (
     MAX_TILES,
     PerceiveRequest,
     PerceiveResponse,
+    Task,
+    TaskNotServed,
+    TileAnswer,
     TileCaption,
+    TileChange,
     TileClasses,
+    TileMasks,
+    TileObjects,
     TileVqa,
 )
 
 if TYPE_CHECKING:  # the model brings torch, which takes seconds to import: only the worker thread pays for it
-    from model_server.perceiver import Perceiver, Query
+    from model_server.perceiver import Perceiver
+    from model_server.query import Query
 
 logger = logging.getLogger(__name__)
 
-Answer = TileCaption | TileVqa | TileClasses
-
 MAX_BATCH = 16
+DENSE_COST = 4  # places in a batch of a tile whose pixels are answered: it takes about so many times as long
+DENSE_TASKS: frozenset[Task] = frozenset({"ground", "segment", "detect_change"})
 MAX_WAITING = 2 * MAX_TILES
 
 
@@ -74,13 +81,24 @@ class Stats:
 
 @dataclass(eq=False)
 class _Job:
-    """One request in the queue: tiles before `taken` have gone to the device."""
+    """One request in the queue: its items, each a tile or a pair of tiles; those before `taken` have gone to the
+    device."""
 
     request: PerceiveRequest
-    tiles: Sequence[np.ndarray]
+    items: Sequence[tuple[np.ndarray, ...]]
     done: asyncio.Future[None]
-    answers: dict[int, Answer] = field(default_factory=dict)
+    answers: dict[int, TileAnswer] = field(default_factory=dict)
     taken: int = 0
+
+    @property
+    def waiting(self) -> int:
+        """Tiles that have not gone to the device yet."""
+        return sum(len(item) for item in self.items[self.taken :])
+
+    @property
+    def cost(self) -> int:
+        """Places in a batch that an item of it takes."""
+        return len(self.items[0]) * (DENSE_COST if self.request.task in DENSE_TASKS else 1)
 
 
 class Engine:
@@ -88,7 +106,7 @@ class Engine:
 
     Args:
         load: makes the model, warmed up; runs in the worker thread.
-        max_batch: most tiles of one batch.
+        max_batch: places in one batch: tiles, where one that is answered pixel by pixel takes `DENSE_COST` of them.
         max_waiting: most tiles in the queue; a request beyond it is refused with `EngineBusy`.
     """
 
@@ -128,26 +146,31 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Tiles that wait in the queue, those on the device not counted."""
-        return sum(len(job.tiles) - job.taken for job in self._queue)
+        return sum(job.waiting for job in self._queue)
 
     def metrics(self) -> dict[str, int]:
         return {"waiting": self.waiting, **asdict(self.stats)}
 
     async def perceive(self, request: PerceiveRequest, tiles: Sequence[np.ndarray]) -> PerceiveResponse:
-        """Answer every tile (each uint8 [H, W, 3]) of a request. Cancelling the call takes it out of the queue.
+        """Answer every tile (each uint8 [H, W, 3]) of a request, or every two tiles of detect_change.
+
+        Cancelling the call takes it out of the queue.
 
         Raises:
+            TaskNotServed: the model has no part for this task.
             EngineNotReady: the model is not loaded (yet), or the engine is closing.
             EngineBusy: the queue is full.
             QueryFailed: the model failed on one of these tiles.
         """
         if self.perceiver is None or not self.ready:
             raise EngineNotReady("the model server is closing" if self._closing else "the model is still loading")
+        if request.task not in self.perceiver.tasks:
+            raise TaskNotServed(request.task, self.perceiver.info.model, self.perceiver.tasks)
         waiting = self.waiting
         if waiting + len(tiles) > self._max_waiting:
             raise EngineBusy(waiting, max(1.0, waiting * self._seconds_per_tile))
         started = time.perf_counter()
-        job = _Job(request, tiles, asyncio.get_running_loop().create_future())
+        job = _Job(request, _items(request, tiles), asyncio.get_running_loop().create_future())
         self._queue.append(job)
         self._arrived.set()
         self.stats.requests += 1
@@ -178,24 +201,27 @@ class Engine:
                 self._deliver(job, index, outcome)
 
     def _next_batch(self) -> list[tuple[_Job, int]]:
-        """Up to `max_batch` waiting tiles, one of each request in turn."""
+        """Waiting items that take up to `max_batch` places, one of each request in turn; at least one."""
         batch: list[tuple[_Job, int]] = []
-        while self._queue and len(batch) < self._max_batch:
+        room = self._max_batch
+        while self._queue and (self._queue[0].cost <= room or not batch):
             job = self._queue.popleft()
             batch.append((job, job.taken))
+            room -= job.cost
             job.taken += 1
-            if job.taken < len(job.tiles):
+            if job.taken < len(job.items):
                 self._queue.append(job)
         return batch
 
     def _count(self, batch: list[tuple[_Job, int]], seconds: float) -> None:
-        self.stats.tiles += len(batch)
+        tiles = sum(len(job.items[index]) for job, index in batch)
+        self.stats.tiles += tiles
         self.stats.batches += 1
         self.stats.shared_batches += len({id(job) for job, _ in batch}) > 1
-        self.stats.largest_batch = max(self.stats.largest_batch, len(batch))
-        self._seconds_per_tile += 0.2 * (seconds / len(batch) - self._seconds_per_tile)
+        self.stats.largest_batch = max(self.stats.largest_batch, tiles)
+        self._seconds_per_tile += 0.2 * (seconds / tiles - self._seconds_per_tile)
 
-    def _deliver(self, job: _Job, index: int, outcome: Answer | QueryFailed) -> None:
+    def _deliver(self, job: _Job, index: int, outcome: TileAnswer | QueryFailed) -> None:
         if job.done.done():  # the caller has gone, or another tile of it failed
             return
         if isinstance(outcome, QueryFailed):
@@ -203,21 +229,21 @@ class Engine:
             job.done.set_exception(outcome)
             return
         job.answers[index] = outcome
-        if len(job.answers) == len(job.tiles):
+        if len(job.answers) == len(job.items):
             job.done.set_result(None)
 
 
-def _answer(perceiver: Perceiver, batch: list[tuple[_Job, int]]) -> list[Answer | QueryFailed]:
+def _answer(perceiver: Perceiver, batch: list[tuple[_Job, int]]) -> list[TileAnswer | QueryFailed]:
     """Runs in the worker thread. When the batch fails, each tile goes by itself, so only the guilty ones fail."""
-    queries = [_query(job.request, job.tiles[index]) for job, index in batch]
+    queries = [_query(job.request, job.items[index]) for job, index in batch]
     try:
         return list(_checked(perceiver, queries))
     except Exception:  # whatever the model raises must not end the device's thread
-        logger.exception("batch failed, its %d tiles are tried one by one", len(queries))
+        logger.exception("batch failed, its %d queries are tried one by one", len(queries))
     return [_answer_alone(perceiver, query) for query in queries]
 
 
-def _answer_alone(perceiver: Perceiver, query: Query) -> Answer | QueryFailed:
+def _answer_alone(perceiver: Perceiver, query: Query) -> TileAnswer | QueryFailed:
     try:
         return _checked(perceiver, [query])[0]
     except Exception as error:  # as above: this caller is told, the others are not harmed
@@ -225,26 +251,46 @@ def _answer_alone(perceiver: Perceiver, query: Query) -> Answer | QueryFailed:
         return QueryFailed(f"the model failed on this {query.task} request: {type(error).__name__}: {error}")
 
 
-def _checked(perceiver: Perceiver, queries: list[Query]) -> Sequence[Answer]:
+def _checked(perceiver: Perceiver, queries: list[Query]) -> Sequence[TileAnswer]:
     answers = perceiver.answer(queries)
     if len(answers) != len(queries):
         raise RuntimeError(f"{len(queries)} queries got {len(answers)} answers")
     return answers
 
 
-def _query(request: PerceiveRequest, tile: np.ndarray) -> Query:
-    from model_server.perceiver import Query
+def _items(request: PerceiveRequest, tiles: Sequence[np.ndarray]) -> list[tuple[np.ndarray, ...]]:
+    """What is answered by itself: each tile, or each pair of before and after."""
+    if request.task == "detect_change":
+        return list(zip(tiles[::2], tiles[1::2], strict=True))
+    return [(tile,) for tile in tiles]
 
-    return Query(task=request.task, image=tile, text=request.text, labels=tuple(request.labels), detail=request.detail)
+
+def _query(request: PerceiveRequest, item: tuple[np.ndarray, ...]) -> Query:
+    from model_server.query import Query
+
+    image, *after = item
+    return Query(
+        task=request.task,
+        image=image,
+        text=request.text,
+        labels=tuple(request.labels),
+        detail=request.detail,
+        after=after[0] if after else None,
+        gsd_m=request.gsd_m,
+        modality=request.modality,
+    )
 
 
 def _response(perceiver: Perceiver, job: _Job, elapsed_s: float) -> PerceiveResponse:
-    answers = [job.answers[i] for i in range(len(job.tiles))]
+    answers = [job.answers[i] for i in range(len(job.items))]
     task_token, expert = perceiver.route(job.request.task)
     return PerceiveResponse(
         captions=[answer for answer in answers if isinstance(answer, TileCaption)],
         vqa=[answer for answer in answers if isinstance(answer, TileVqa)],
         classes=[answer for answer in answers if isinstance(answer, TileClasses)],
+        objects=[answer for answer in answers if isinstance(answer, TileObjects)],
+        masks=[answer for answer in answers if isinstance(answer, TileMasks)],
+        changes=[answer for answer in answers if isinstance(answer, TileChange)],
         model=perceiver.info,
         task_token=task_token,
         expert=expert,

@@ -8,9 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -18,12 +16,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model_server.checkpoints.store import WeightsError, load_checkpoint
+from model_server.dense_perceiver import DensePerceiver
 from model_server.model.attention import Backend
 from model_server.model.experts import ROUTES, route
 from model_server.model.generate import Hypothesis, beam_search
 from model_server.model.rsvlm import Features
 from model_server.model.vision import square
-from model_server.protocol import ModelInfo, RankedAnswer, Task, TileCaption, TileClasses, TileVqa
+from model_server.protocol import (
+    ModelInfo,
+    RankedAnswer,
+    Task,
+    TaskNotServed,
+    TileAnswer,
+    TileCaption,
+    TileClasses,
+    TileVqa,
+)
+from model_server.query import Query
 from model_server.text.answers import answer_kind
 from model_server.text.names import readable
 
@@ -32,25 +41,13 @@ TASK_TOKEN: dict[Task, str] = {
     "caption": "[CAP]", "vqa": "[VQA]", "classify": "[CLS]",
     "ground": "[VG]", "segment": "[SEG]", "detect_change": "[CCD]",
 }  # fmt: skip
+WORDS: tuple[Task, ...] = ("caption", "vqa", "classify")  # answered from the pooled image and the decoder
+DENSE: dict[Task, str] = {"ground": "region", "segment": "pixel", "detect_change": "pixel"}  # and its granularity
 CAPTION_BEAMS, CAPTION_TOKENS, CAPTION_LENGTH_POWER = 3, 40, 0.3
 ANSWER_BEAMS, ANSWER_TOKENS = 5, 16
 SURE = 0.8  # what a full description names
 
 __all__ = ["DEFAULT_WEIGHTS", "Perceiver", "Query", "WeightsError"]
-
-
-@dataclass(frozen=True)
-class Query:
-    """One task on one tile, uint8 [H, W, 3] RGB."""
-
-    task: Task
-    image: np.ndarray
-    text: str = ""
-    labels: tuple[str, ...] = ()
-    detail: Literal["short", "full"] = "short"
-
-
-Answer = TileCaption | TileVqa | TileClasses
 
 
 class Perceiver:
@@ -62,6 +59,12 @@ class Perceiver:
         self.tokenizer, self.sentence_tokenizer = loaded.tokenizer, loaded.sentence_tokenizer
         self.calibration = loaded.calibration
         self.device = torch.device(device)
+        self.dense: DensePerceiver | None = None
+        if loaded.dense is not None:
+            self.dense = DensePerceiver(
+                self.model.backbone, loaded.dense, loaded.dense_calibration, self._phrase_vectors, self.device
+            )
+        self.tasks: tuple[Task, ...] = (*WORDS, *DENSE) if self.dense else WORDS
         self.info = ModelInfo(
             model=self.config.name,
             weights_digest=loaded.digest,
@@ -83,17 +86,39 @@ class Perceiver:
         """Answer one query of each task, so that the first caller does not pay for lazy initialisation."""
         blank = np.full((self.config.image_size, self.config.image_size, 3), 127, np.uint8)
         self.answer([Query("caption", blank), Query("vqa", blank, text="Is there water?"), Query("classify", blank)])
+        if self.dense is not None:
+            self.answer(
+                [
+                    Query("ground", blank, text="ship"),
+                    Query("segment", blank, labels=("water",)),
+                    Query("detect_change", blank, after=blank),
+                ]
+            )
 
     def route(self, task: Task) -> tuple[str, str]:
         """Task token and expert that serve a task."""
-        return TASK_TOKEN[task], ROUTES[TASK_TOKEN[task]]
+        return TASK_TOKEN[task], DENSE.get(task) or ROUTES[TASK_TOKEN[task]]
 
     @torch.inference_mode()
-    def answer(self, queries: Sequence[Query]) -> list[Answer]:
+    def answer(self, queries: Sequence[Query]) -> list[TileAnswer]:
         """Answer a mixed batch, in order. Images are encoded together, then each kind of answer in one pass.
 
-        Queries that hold the same array encode it once.
+        Queries that hold the same array encode it once, apart for words and for boxes, masks and change.
+
+        Raises:
+            TaskNotServed: a query wants boxes, masks or change of a checkpoint without a dense branch.
         """
+        answers: dict[int, TileAnswer] = {}
+        dense = [i for i, q in enumerate(queries) if q.task in DENSE]
+        if dense:
+            if self.dense is None:
+                raise TaskNotServed(queries[dense[0]].task, self.info.model, self.tasks)
+            answers.update(zip(dense, self.dense.answer([queries[i] for i in dense]), strict=True))
+        words = [i for i, q in enumerate(queries) if q.task not in DENSE]
+        answers.update(zip(words, self._say([queries[i] for i in words]), strict=True))
+        return [answers[i] for i in range(len(queries))]
+
+    def _say(self, queries: Sequence[Query]) -> list[TileCaption | TileVqa | TileClasses]:
         if not queries:
             return []
         images = {id(q.image): q.image for q in queries}
@@ -102,7 +127,7 @@ class Perceiver:
         # are not.
         turned = any(q.task == "caption" for q in queries)
         features = self.model.encode(self._pixels(list(images.values())), turned)
-        answers: list[Answer | None] = [None] * len(queries)
+        answers: list[TileCaption | TileVqa | TileClasses | None] = [None] * len(queries)
         for task, serve in (("caption", self._captions), ("vqa", self._answers), ("classify", self._classes)):
             rows = [i for i, q in enumerate(queries) if q.task == task]
             if rows:
@@ -230,6 +255,10 @@ class Perceiver:
         for i, name in enumerate(merged, start=len(labels)):
             out[:, list(labels).index(merged[name])] += probabilities[:, i]
         return out.tolist()
+
+    def _phrase_vectors(self, phrases: Sequence[str]) -> Tensor:
+        """Unit sentence vectors [N, S]."""
+        return self.model.sentence(*self._sentence_ids(phrases))[1]
 
     def _sentence_ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         encoded = self.sentence_tokenizer.encode_batch([readable(t) for t in texts])

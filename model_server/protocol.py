@@ -9,6 +9,7 @@ No pickle, no base64.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import numpy as np
@@ -183,6 +184,16 @@ class PerceiveResponse(Wire):
     expert: str
     warnings: list[str] = []
     elapsed_s: float
+
+
+class TaskNotServed(ValueError):
+    """The loaded model has no part for a task; `served` are the tasks it has parts for."""
+
+    def __init__(self, task: Task, model: str, served: Sequence[Task]) -> None:
+        super().__init__(
+            f"the loaded model {model!r} has no part for {task}, it serves {', '.join(served)}: use one of these, or "
+            "a model server with weights that have a dense branch (dense.safetensors)"
+        )
 
 
 class WireError(ValueError):

@@ -16,7 +16,7 @@ from model_server.calibration import Calibration, Logistic
 from model_server.checkpoints.store import save_calibration, save_checkpoint
 from model_server.evaluation.caption_metrics import rouge_l, tokenize
 from model_server.perceiver import Perceiver, Query
-from model_server.protocol import TileCaption, TileClasses, TileVqa
+from model_server.protocol import TileAnswer, TileCaption, TileClasses, TileVqa
 from model_server.text.answers import normalise
 from model_server.text.questions import presence_questions
 from model_server.training.images import thinned
@@ -68,7 +68,7 @@ def calibrate(folder: Path, data: Path, sets: Sequence[str], limit: int | None =
     return fitted
 
 
-def _ask(perceiver: Perceiver, queries: Sequence[Query]) -> list[TileCaption | TileVqa | TileClasses]:
+def _ask(perceiver: Perceiver, queries: Sequence[Query]) -> list[TileAnswer]:
     chunks = (queries[i : i + BATCH] for i in range(0, len(queries), BATCH))
     return [answer for chunk in chunks for answer in perceiver.answer(chunk)]
 

@@ -7,8 +7,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from model_server.perceiver import Query
-from model_server.protocol import ModelInfo, TileCaption, TileClasses, TileVqa
+from model_server.protocol import (
+    ModelInfo,
+    Task,
+    TileAnswer,
+    TileCaption,
+    TileChange,
+    TileClasses,
+    TileMasks,
+    TileObjects,
+    TileVqa,
+)
+from model_server.query import Query
 
 GUILTY = 13  # a tile of this colour makes the whole batch fail
 INFO = ModelInfo(model="scripted", weights_digest="0", attention_backend="none", precision="none", device="none")
@@ -23,6 +33,7 @@ class ScriptedPerceiver:
 
     info = INFO
     taxonomy = ("beach", "forest")
+    tasks: tuple[Task, ...] = ("caption", "vqa", "classify", "ground", "segment", "detect_change")
 
     def __init__(self) -> None:
         self.gate = threading.Event()
@@ -32,7 +43,7 @@ class ScriptedPerceiver:
     def route(self, task: str) -> tuple[str, str]:
         return f"[{task}]", "image"
 
-    def answer(self, queries: Sequence[Query]) -> list[TileCaption | TileVqa | TileClasses]:
+    def answer(self, queries: Sequence[Query]) -> list[TileAnswer]:
         colours = [int(query.image[0, 0, 0]) for query in queries]
         self.batches.append(colours)
         assert self.gate.wait(10), "the test forgot to open the gate"
@@ -41,9 +52,19 @@ class ScriptedPerceiver:
         return [_answer(query, colour) for query, colour in zip(queries, colours, strict=True)]
 
 
-def _answer(query: Query, colour: int) -> TileCaption | TileVqa | TileClasses:
+def _answer(query: Query, colour: int) -> TileAnswer:
     if query.task == "caption":
         return TileCaption(caption=f"colour {colour}", confidence=1)
     if query.task == "vqa":
         return TileVqa(answer=f"{query.text} {colour}", kind="text", confidence=1, abstained=False, alternatives=[])
-    return TileClasses(labels=list(query.labels), scores=[colour / 255] * len(query.labels))
+    if query.task == "classify":
+        return TileClasses(labels=list(query.labels), scores=[colour / 255] * len(query.labels))
+    plane, scale = query.image[..., 0], query.gsd_m or 1
+    if query.task == "ground":
+        return TileObjects(boxes=[(0, 0, colour, colour)], scores=[0.5], threshold=0.5, known=True, scale=scale)
+    if query.task == "segment":
+        n = len(query.labels)
+        return TileMasks(labels=list(query.labels), thresholds=[0.5] * n, known=[query.modality == "sar"] * n,
+                         scale=scale, probabilities=np.stack([plane] * n))  # fmt: skip
+    assert query.after is not None
+    return TileChange(threshold=0.5, scale=scale, probabilities=query.after[..., 0] - plane)

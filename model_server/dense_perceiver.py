@@ -1,0 +1,204 @@
+"""Boxes, masks and change: the dense branch of a loaded model, asked in batches.
+
+Every query becomes looks at its image: one at the scale of its concept, or several where objects are searched over
+scales (working_scale). Looks of one padded size go through the network together, and queries that ask the same array
+at the same scale share one look. What comes back lies on the pixels of the image that was given.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model_server.calibration import DenseCalibration
+from model_server.known_phrases import KnownPhrases, Meaning
+from model_server.model.dense import DenseBranch, Found, Maps, early_maps, objects_of
+from model_server.model.looks import Frame, stacked
+from model_server.model.vision import Backbone
+from model_server.protocol import TileChange, TileMasks, TileObjects
+from model_server.query import Query
+from model_server.scale_search import Sighting, combined
+from model_server.working_scale import bounded, box_scales, change_scale, mask_scale
+
+FLOOR = 0.05  # calibrated score of the least object that is given
+PASS_PIXELS = 2**20  # looked at in one pass: enough to keep a processor busy, and little memory
+COARSE_M = 5.0  # ground metres per pixel from which the change threshold for coarse imagery holds
+
+_T = TypeVar("_T")
+
+
+@dataclass
+class _Look:
+    """One image at one scale, and which queries it answers with boxes or masks."""
+
+    image: np.ndarray
+    frame: Frame
+    scale: float
+    boxes: list[int] = field(default_factory=list)
+    masks: list[tuple[int, list[int]]] = field(default_factory=list)  # each with rows of its labels
+
+
+@dataclass(frozen=True)
+class _Pair:
+    query: int
+    before: np.ndarray
+    after: np.ndarray
+    frame: Frame
+    scale: float
+
+
+class DensePerceiver:
+    """The branch with what it needs. Not thread-safe.
+
+    Args:
+        backbone: of the model, whose first blocks are shared; norms folded.
+        embed: phrases -> unit sentence vectors [N, S].
+    """
+
+    def __init__(self, backbone: Backbone, branch: DenseBranch, calibration: DenseCalibration,
+                 embed: Callable[[Sequence[str]], Tensor], device: torch.device) -> None:  # fmt: skip
+        self.backbone, self.branch, self.calibration, self.device = backbone, branch, calibration, device
+        self.phrases = KnownPhrases(embed)
+
+    @torch.inference_mode()
+    def answer(self, queries: Sequence[Query]) -> list[TileObjects | TileMasks | TileChange]:
+        """Answer ground, segment and detect_change queries, in order.
+
+        The text of a detect_change query is not looked at: the branch knows changed from unchanged only.
+        """
+        asked = [text for q in queries for text in ((q.text,) if q.task == "ground" else q.labels)]
+        meanings = self.phrases.read(asked)
+        sightings: dict[int, list[Sighting]] = defaultdict(list)
+        masks = {i: self._blank(q, meanings) for i, q in enumerate(queries) if q.task == "segment"}
+        for look, features in self._features(_looks(queries, meanings)):
+            for i in look.boxes:
+                sightings[i].append(self._sighting(look, features, meanings[queries[i].text]))
+            for i, rows in look.masks:
+                vectors = torch.stack([meanings[queries[i].labels[row]].vector for row in rows])
+                logits = self.branch.segment(features, vectors[None])[0]
+                masks[i].probabilities[rows] = _bytes(look.frame.logits_on_source(logits))
+        answers: dict[int, TileObjects | TileMasks | TileChange] = dict(masks)
+        answers |= {i: self._objects(combined(seen), meanings[queries[i].text]) for i, seen in sightings.items()}
+        answers |= self._changes(queries)
+        return [answers[i] for i in range(len(queries))]
+
+    def _maps(self, images: Tensor) -> Maps:
+        return self.branch.maps(early_maps(self.backbone, images.to(self.device), self.branch.config.shared))
+
+    def _features(self, looks: Sequence[_Look]) -> Iterator[tuple[_Look, Tensor]]:
+        """Every look with its features [1, C, H/4, W/4]."""
+        for group in _passes(looks, lambda look: look.frame, 1):
+            x = stacked([look.frame for look in group], [look.image for look in group])
+            features = self.branch.features(self._maps(x))
+            yield from zip(group, features.split(1), strict=True)
+
+    def _sighting(self, look: _Look, features: Tensor, meaning: Meaning) -> Sighting:
+        found = self.branch.detect(features, meaning.vector[None, None])
+        found = Found(found.heat.cpu(), found.distances.cpu(), found.quality.cpu())  # suppression is a loop of its own
+        objects = objects_of(found, 0, 0)
+        boxes = look.frame.boxes_on_source(objects.boxes)
+        sure = self._calibrated(objects.scores)
+        keep = ((boxes[:, 2:] - boxes[:, :2]).amin(1) > 0.5) & (sure >= FLOOR)
+        order = sure[keep].argsort(descending=True, stable=True)
+        return Sighting(look.scale, boxes[keep][order], sure[keep][order])
+
+    def _calibrated(self, scores: Tensor) -> Tensor:
+        confidence = self.calibration.box_confidence
+        return torch.sigmoid(confidence.slope * torch.logit(scores.clamp(1e-4, 1 - 1e-4)) + confidence.offset)
+
+    def _objects(self, seen: Sighting, meaning: Meaning) -> TileObjects:
+        raw = _of(self.calibration.detect, meaning.concept)
+        enough = seen.scores >= FLOOR
+        return TileObjects(
+            boxes=[(x1, y1, x2, y2) for x1, y1, x2, y2 in seen.boxes[enough].tolist()],
+            scores=seen.scores[enough].tolist(),
+            threshold=float(self._calibrated(torch.tensor(raw))),
+            known=meaning.known,
+            scale=seen.scale,
+        )
+
+    def _blank(self, query: Query, meanings: dict[str, Meaning]) -> TileMasks:
+        """The answer to a segment query, its probabilities yet to be filled."""
+        meant = [meanings[label] for label in query.labels]
+        return TileMasks(
+            labels=list(query.labels),
+            thresholds=[_of(self.calibration.mask, m.concept) for m in meant],
+            known=[m.known for m in meant],
+            scale=max(bounded(mask_scale(m.concept, query.modality, query.gsd_m), query.image) for m in meant),
+            probabilities=np.zeros((len(query.labels), *query.image.shape[:2]), np.uint8),
+        )
+
+    def _changes(self, queries: Sequence[Query]) -> dict[int, TileChange]:
+        pairs = []
+        for i, query in enumerate(queries):
+            if query.task == "detect_change":
+                if query.after is None or query.after.shape != query.image.shape:
+                    raise ValueError("a detect_change query needs `after`, an array of the shape of `image`")
+                scale = bounded(change_scale(query.gsd_m), query.image)
+                pairs.append(_Pair(i, query.image, query.after, Frame.of(query.image, scale), scale))
+        answers = {}
+        for group in _passes(pairs, lambda pair: pair.frame, 2):
+            frames, n = [pair.frame for pair in group], len(group)
+            images = [*(pair.before for pair in group), *(pair.after for pair in group)]
+            maps = self._maps(stacked(frames * 2, images))
+            logits = self.branch.change({s: m[:n] for s, m in maps.items()}, {s: m[n:] for s, m in maps.items()})
+            for pair, row in zip(group, logits, strict=True):
+                answers[pair.query] = TileChange(
+                    threshold=self._change_threshold(queries[pair.query].gsd_m),
+                    scale=pair.scale,
+                    probabilities=_bytes(pair.frame.logits_on_source(row[None]))[0],
+                )
+        return answers
+
+    def _change_threshold(self, gsd_m: float | None) -> float:
+        key = None if gsd_m is None else "coarse" if gsd_m >= COARSE_M else "fine"
+        return _of(self.calibration.change, key)
+
+
+def _looks(queries: Sequence[Query], meanings: dict[str, Meaning]) -> list[_Look]:
+    """What has to be looked at, each image and scale once."""
+    looks: dict[tuple[int, tuple[int, int]], _Look] = {}
+
+    def at(image: np.ndarray, scale: float) -> _Look:
+        scale = bounded(scale, image)
+        frame = Frame.of(image, scale)
+        return looks.setdefault((id(image), frame.seen), _Look(image, frame, scale))
+
+    for i, query in enumerate(queries):
+        if query.task == "ground":
+            scales = box_scales(meanings[query.text].concept, query.modality, query.gsd_m)
+            for look in {id(look): look for look in (at(query.image, scale) for scale in scales)}.values():
+                look.boxes.append(i)
+        elif query.task == "segment":
+            rows: dict[float, list[int]] = defaultdict(list)
+            for row, label in enumerate(query.labels):
+                rows[mask_scale(meanings[label].concept, query.modality, query.gsd_m)].append(row)
+            for scale, some in rows.items():
+                at(query.image, scale).masks.append((i, some))
+    return list(looks.values())
+
+
+def _passes(items: Sequence[_T], frame_of: Callable[[_T], Frame], images: int) -> Iterator[list[_T]]:
+    """Items of one padded size together, as many as `PASS_PIXELS` allow; each holds so many images."""
+    groups: dict[tuple[int, int], list[_T]] = defaultdict(list)
+    for item in items:
+        groups[frame_of(item).padded].append(item)
+    for (height, width), group in groups.items():
+        most = max(PASS_PIXELS // (height * width * images), 1)
+        for start in range(0, len(group), most):
+            yield group[start : start + most]
+
+
+def _bytes(logits: Tensor) -> np.ndarray:
+    """Probabilities as 0..255, uint8 of the same shape."""
+    return logits.sigmoid().mul(255).round().byte().cpu().numpy()
+
+
+def _of(thresholds: dict[str, float], key: str | None) -> float:
+    return thresholds.get(key or "default", thresholds["default"])

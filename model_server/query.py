@@ -1,0 +1,27 @@
+"""What the resident model is asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from model_server.protocol import Modality, Task
+
+
+@dataclass(frozen=True)
+class Query:
+    """One task on one tile, uint8 [H, W, 3] RGB; for detect_change `after` is the other tile, of the same shape.
+
+    `gsd_m`: ground metres per pixel of the tile, None where unknown; the dense tasks choose their scale from it.
+    """
+
+    task: Task
+    image: np.ndarray
+    text: str = ""
+    labels: tuple[str, ...] = ()
+    detail: Literal["short", "full"] = "short"
+    after: np.ndarray | None = None
+    gsd_m: float | None = None
+    modality: Modality = "optical"
