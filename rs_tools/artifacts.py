@@ -42,10 +42,11 @@ from rs_tools.results import Artifact, Provenance
 SCHEME = "rs-artifact"
 LIFETIME_S = 24 * 3600.0
 MAX_BYTES = 5 * 2**30
+MAX_READ = 32 * 2**20  # of a file that is handed over as a whole; larger ones are opened where they lie
 PIXEL_SPACE = "image pixels: x right, y down, from the top-left corner; not longitude and latitude"
 
 _Kind = Literal["mask", "vectors", "preview"]
-_MIME_TYPES = {
+MIME_TYPES = {
     ".tif": "application/x-geotiff",
     ".geojson": "application/geo+json",
     ".pixels.json": "application/json",
@@ -65,6 +66,12 @@ class Feature:
 
     geometry: shapely.Geometry | None
     properties: dict[str, Any]
+
+
+def default_folder() -> Path:
+    """The folder of a user's artifacts where none is named: in $RS_PERCEPTION_STATE, else in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("RS_PERCEPTION_STATE") or cache / "rs-perception") / "artifacts"
 
 
 class ArtifactStore:
@@ -124,7 +131,7 @@ class ArtifactStore:
                 named and typed as plain JSON, so that no map shows it at the Gulf of Guinea.
             gsd_m: metres per pixel; coordinates are rounded to about a fiftieth of that.
         """
-        digits = _digits(gsd_m) if lonlat else 2
+        digits = decimals(gsd_m) if lonlat else 2
         head: dict[str, Any] = {"type": "FeatureCollection"}
         if not lonlat:
             head["coordinate_space"] = PIXEL_SPACE
@@ -180,6 +187,20 @@ class ArtifactStore:
             raise ArtifactError(f"There is no artifact {name}: files are kept {hours} hours. Ask the tool again.")
         return path
 
+    def read(self, uri: str) -> bytes:
+        """The content of an `rs-artifact://NAME` URI.
+
+        Raises:
+            ArtifactError: as `resolve`, or the file has more than `MAX_READ` bytes.
+        """
+        path = self.resolve(uri)
+        size = path.stat().st_size
+        if size > MAX_READ:
+            raise ArtifactError(
+                f"{path.name} has {size / 1e6:.1f} MB; {MAX_READ / 1e6:.1f} MB are handed over. Open {path} itself."
+            )
+        return path.read_bytes()
+
     def sweep(self) -> None:
         """Remove what is past its lifetime: artifacts, and what a writer that died left behind."""
         with self._lock:
@@ -220,7 +241,7 @@ class ArtifactStore:
             if sidecar.exists():
                 os.replace(sidecar, f"{path}{_SIDECAR}")
             os.replace(temporary, path)
-        return Artifact(name=name, kind=kind, uri=f"{SCHEME}://{name}", path=str(path), mime_type=_MIME_TYPES[suffix])
+        return Artifact(name=name, kind=kind, uri=f"{SCHEME}://{name}", path=str(path), mime_type=MIME_TYPES[suffix])
 
     def _make_room(self, size: int) -> None:
         kept = sorted(self._artifacts(), key=lambda one: one[1].st_mtime_ns)
@@ -392,7 +413,7 @@ def _feature_json(number: int, feature: Feature, digits: int) -> str:
     return f'{{"type": "Feature", "id": {number}, "geometry": {geometry}, "properties": {properties}}}'
 
 
-def _digits(gsd_m: float | None) -> int:
+def decimals(gsd_m: float | None) -> int:
     """Decimals of a degree that keep a fiftieth of a pixel."""
     if not gsd_m:
         return 8

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -32,7 +32,8 @@ Progress = Callable[[int, int, str], Awaitable[None] | None]
 _A = TypeVar("_A")
 
 
-class Taken(NamedTuple, Generic[_A]):
+@dataclass(frozen=True)
+class Taken(Generic[_A]):
     """One look's answer for a taker.
 
     Attributes:
@@ -155,7 +156,7 @@ async def stream(
             while tiles := await ahead:
                 ahead = loop.run_in_executor(thread, next, batches, None)
                 pictures = [picture for tile in tiles for picture in tile.pictures]
-                given = iter(await _asked(ask, pictures, patient=seen.done > 0) if pictures else [])
+                given = iter(await asked(ask, pictures, patient=seen.done > 0) if pictures else [])
                 answers = [next(given) if tile.pictures else None for tile in tiles]
                 if take is not None:
                     await take(_taken(tiles, answers, seen.done))
@@ -174,9 +175,10 @@ async def stream(
     return seen
 
 
-async def _asked(
+async def asked(
     ask: Callable[[list[np.ndarray]], Awaitable[Sequence[_A]]], tiles: list[np.ndarray], *, patient: bool
 ) -> Sequence[_A]:
+    """What `ask` answers; a patient caller asks again as often as the model server is busy."""
     while True:
         try:
             return await ask(tiles)
@@ -224,10 +226,20 @@ def _tile(region: Region, overview: bool, read: Pixels | PairPixels) -> _Tile:
     valid = float(mask.mean())
     if valid == 0:
         return _Tile(region, overview, (), mask, 0.0, None)
-    shown = (read.rgb,) if isinstance(read, Pixels) else (read.before.rgb, read.after.rgb)
-    colors = [_one_color(rgb, mask, valid) for rgb in shown]
+    colors = [_one_color(rgb, mask, valid) for rgb in _colors(read)]
     color = colors[0] if all(one is not None for one in colors) else None
-    return _Tile(region, overview, tuple(_filled(rgb, mask, valid) for rgb in shown), mask, valid, color)
+    return _Tile(region, overview, shown(read), mask, valid, color)
+
+
+def shown(read: Pixels | PairPixels) -> tuple[np.ndarray, ...]:
+    """What the model is shown of a window with data: one picture, or of a pair two, uint8 [H, W, 3]."""
+    mask = read.valid
+    valid = float(mask.mean())
+    return tuple(_filled(rgb, mask, valid) for rgb in _colors(read))
+
+
+def _colors(read: Pixels | PairPixels) -> tuple[np.ndarray, ...]:
+    return (read.rgb,) if isinstance(read, Pixels) else (read.before.rgb, read.after.rgb)
 
 
 def _one_color(rgb: np.ndarray, mask: np.ndarray, valid: float) -> tuple[int, ...] | None:

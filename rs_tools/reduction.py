@@ -258,7 +258,7 @@ def reduce_captions(looks: Sequence[Look[TileCaption]], detail: Literal["short",
         if _added(best, said) == 0:
             break
         alike = [part for part in parts if part.answer.caption == best.answer.caption]
-        places = list(dict.fromkeys(_place(part.region, whole) for part in alike))
+        places = list(dict.fromkeys(place_in(part.region, whole) for part in alike))
         where = places[0] if len(places) == 1 else f"{', '.join(places[:-1])} and {places[-1]}"
         where = f"In the {where}" if len(places) <= 3 else "In many parts"
         sentences.append(f"{where}: {_first_sentence(best.answer.caption)}")
@@ -296,7 +296,7 @@ def _bounds(parts: Sequence[Look[TileCaption]]) -> Region:
     return min(x1), min(y1), max(x2), max(y2)
 
 
-def _place(region: Region, whole: Region) -> str:
+def place_in(region: Region, whole: Region) -> str:
     """Which ninth of the whole the region's centre lies in: "upper left", "centre"."""
     x = (region[0] + region[2] - 2 * whole[0]) / (2 * (whole[2] - whole[0]))
     y = (region[1] + region[3] - 2 * whole[1]) / (2 * (whole[3] - whole[1]))

@@ -58,7 +58,7 @@ class Provenance(Model):
     expert: str = Field(default="", description="expert that the task token routes to")
     attention_backend: str = Field(default="", description="attention implementation in use")
     precision: str = Field(default="", description="number format of the computation")
-    image_digest: str = Field(default="", description="digest of the image's content")
+    image_digest: str = Field(default="", description="digest of the image's content; of a pair both, earlier first")
     bands: list[int] = Field(default_factory=list, description="bands shown to the model, from 1, in order R, G, B")
     stretch: str = Field(default="", description="how band values became 8-bit values")
     tile_grid: TileGrid | None = Field(
@@ -142,6 +142,7 @@ class Evidence(Model):
     region: list[int] = Field(description="[x1, y1, x2, y2] of the part of the image that was looked at")
     answer: str = Field(description="the answer that this part alone gives")
     confidence: float = Field(ge=0, le=1, description="its calibrated confidence")
+    artifact: str = Field(default="", description="URI of the file that shows what was counted or measured, if any")
 
 
 class VqaResult(Result):
@@ -172,3 +173,50 @@ class ClassifyResult(Result):
         default_factory=list,
         description="what it was reduced from, the look at the whole first; empty where one look sufficed",
     )
+
+
+Ring = list[list[float]]
+
+
+class GroundedObject(Model):
+    label: str = Field(description="the phrase that it was found by")
+    score: float = Field(ge=0, le=1, description="calibrated chance that the box is right")
+    bbox_px: list[float] = Field(description="[x1, y1, x2, y2] in image pixels")
+    polygon_lonlat: Ring | None = Field(
+        description="the box on Earth: closed ring of [lon, lat], or null where it has no known place"
+    )
+
+
+class GroundResult(Result):
+    objects: list[GroundedObject] = Field(description="what was found, best first, at most max_objects")
+    count: int = Field(ge=0, description="how many were found, also beyond max_objects; 0: nothing was found")
+
+
+class SegmentedClass(Model):
+    label: str = Field(description="class name")
+    value: int = Field(description="its pixel value in the mask; there 0 is none of the classes and 255 no data")
+    pixels: int = Field(ge=0, description="image pixels of this class")
+    share: float = Field(ge=0, le=1, description="of the pixels that hold data")
+    area_m2: float | None = Field(description="geodesic area, or null where the image has no known place")
+
+
+class SegmentResult(Result):
+    classes: list[SegmentedClass] = Field(description="the classes in the order asked for")
+
+
+class ChangedRegion(Model):
+    score: float = Field(ge=0, le=1, description="mean probability of change over its pixels")
+    bbox_px: list[int] = Field(description="[x1, y1, x2, y2] in pixels of the earlier image")
+    polygon_lonlat: Ring | None = Field(
+        description="its outline, simplified: closed ring of [lon, lat], or null where it has no known place"
+    )
+    area_m2: float | None = Field(description="geodesic area, or null where it has no known place")
+
+
+class DetectChangeResult(Result):
+    changed: bool = Field(description="whether any region changed")
+    caption: str = Field(description="the change in words, from the figures; the two scenes in the model's words")
+    changed_share: float = Field(ge=0, le=1, description="of the pixels that both images show")
+    changed_area_m2: float | None = Field(description="geodesic area that changed, or null where its place is unknown")
+    overlap_share: float = Field(ge=0, le=1, description="of the earlier image, what the later one covers")
+    regions: list[ChangedRegion] = Field(description="what changed, largest first; all are in the vectors artifact")

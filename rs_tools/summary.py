@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from functools import singledispatch
 
-from rs_tools.results import CaptionResult, ClassifyResult, InspectResult, ListResult, Result, VqaResult
+from rs_tools.results import (
+    CaptionResult,
+    ClassifyResult,
+    DetectChangeResult,
+    GroundResult,
+    InspectResult,
+    ListResult,
+    Result,
+    SegmentResult,
+    VqaResult,
+)
 
 LISTED_IMAGES = 30
 _SHOWN_EVIDENCE = 3
+_SHOWN_OBJECTS = 5
+_SHOWN_REGIONS = 5
 
 
 def summarize(result: Result) -> str:
@@ -77,6 +89,42 @@ def _(result: ClassifyResult) -> str:
     others = ", ".join(f"{other.label} {other.score:.2f}" for other in result.top[1:])
     looked = f", from {len(result.parts)} looks" if result.parts else ""
     return f"{result.label} (probability {result.score:.2f}{looked})" + (f"; then {others}" if others else "")
+
+
+@headline.register
+def _(result: GroundResult) -> str:
+    if not result.count:
+        return "Nothing was found."
+    shown = [f"{_box(one.bbox_px)} score {one.score:.2f}" for one in result.objects[:_SHOWN_OBJECTS]]
+    what = result.objects[0].label if result.objects else "object"
+    first = "; the best are " if result.count > len(shown) else ": "
+    return f"{result.count} found for {what!r}{first}{', '.join(shown)}"
+
+
+@headline.register
+def _(result: SegmentResult) -> str:
+    if not any(one.pixels for one in result.classes):
+        return "None of the classes was found."
+    return "; ".join(
+        f"{one.label} {one.share:.1%}" + ("" if one.area_m2 is None else f" ({square_metres(one.area_m2)})")
+        for one in result.classes
+    )
+
+
+@headline.register
+def _(result: DetectChangeResult) -> str:
+    shown = [f"{_box(one.bbox_px)} score {one.score:.2f}" for one in result.regions[:_SHOWN_REGIONS]]
+    largest = "Largest regions" if len(result.regions) > len(shown) else "Regions"
+    return result.caption + (f" {largest}: {', '.join(shown)}" if shown else "")
+
+
+def square_metres(value: float) -> str:
+    """An area in words: square metres, or square kilometres from a tenth of one."""
+    return f"{value:.3g} m2" if value < 1e3 else f"{value:,.0f} m2" if value < 1e5 else f"{value / 1e6:,.3g} km2"
+
+
+def _box(sides: list[float] | list[int]) -> str:
+    return f"[{', '.join(f'{side:.0f}' for side in sides)}]"
 
 
 def _metres(value: float) -> str:

@@ -10,30 +10,34 @@ import asyncio
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 import numpy as np
 
 from model_server.protocol import (
-    MAX_LABEL_LENGTH,
     MAX_LABELS,
-    MAX_TEXT,
     PerceiveRequest,
     PerceiveResponse,
     TileCaption,
     TileClasses,
+    TileMasks,
+    TileObjects,
     TileVqa,
 )
+from rs_tools.amounts import Amount, asked_amount
+from rs_tools.calls import NO_DATA, Call, Output, common, elapsed, scene_gsd_m, scene_provenance
 from rs_tools.errors import DeadlinePassed, InputError, PerceptionError, ServerError
 from rs_tools.imagery.access import AccessPolicy, Source, Stamp, stamp_of
+from rs_tools.imagery.alignment import Pair
 from rs_tools.imagery.scene import Region, Scene
-from rs_tools.imagery.tiling import OVERLAP, Looks, look_at_whole, look_closely, look_once
-from rs_tools.looking import OutOfTime, Progress, Seen, stream
+from rs_tools.imagery.tiling import OVERLAP, Looks, look_at_whole, look_closely, look_densely, look_once, single_tile
+from rs_tools.inputs import checked_classes, checked_labels, checked_phrase, checked_question
+from rs_tools.looking import BATCH, OutOfTime, Progress, Seen, Taken, asked, shown, stream
 from rs_tools.reduction import Scope, question_scope, reduce_answers, reduce_captions, reduce_classes
 from rs_tools.results import (
     Alternative,
@@ -43,30 +47,30 @@ from rs_tools.results import (
     ClassifyResult,
     ClassPart,
     ClassScore,
+    DetectChangeResult,
     Evidence,
+    GroundResult,
     InspectResult,
     ListedImage,
     ListResult,
     Provenance,
     Result,
-    TileGrid,
+    SegmentResult,
     VqaResult,
 )
 from rs_tools.summary import headline
 
+if TYPE_CHECKING:  # what makes boxes and masks is imported when one is asked for: the tools must start fast
+    from rs_tools.artifacts import ArtifactStore
+    from rs_tools.grounding import Found
+    from rs_tools.painting import Maps, Painted, Painter
+
 DEADLINE_S = 900.0
 MAX_LISTED = 200
+MAX_OBJECTS = 1000
+DENSE_BATCH = 4  # tiles, each four times as large as those for words, so that progress comes as often
 _SCENES_KEPT = 32
-_HEAVY_DECIMATION = 4
-_NO_DATA = "The region holds no data: every pixel in it is nodata."
-_MODALITY_WARNINGS = {
-    "multispectral": "The image is multispectral; the model saw only the three bands shown as red, green and blue.",
-    "sar": "The image looks like radar (SAR); the model was trained on optical images, so its answer is unreliable.",
-    "elevation": "The image looks like elevation, not a picture; the model's answer is unreliable.",
-    "classified": "The image is a map of classes, not a picture; the model's answer is unreliable.",
-    "grayscale": "The image has one grey band; the model was trained on colour images, so its answer is less reliable.",
-    "unknown": "It is not clear what the image's bands measure; the model was trained on optical colour images.",
-}
+_BLANK = 64  # pixels a side
 
 
 class Perceiving(Protocol):
@@ -79,29 +83,15 @@ _A = TypeVar("_A")
 _R = TypeVar("_R", bound=Result)
 
 
-@dataclass
-class _Call:
-    """One question about a region: what is looked at, and what the model's answers came with."""
-
-    scene: Scene
-    looks: Looks
-    started: float
-    response: PerceiveResponse | None = None
-    said: dict[str, None] = field(default_factory=dict)  # the server's warnings, each once, in order
-
-    def heard(self, response: PerceiveResponse) -> None:
-        self.response = response
-        self.said |= dict.fromkeys(response.warnings)
-
-
 class Tools:
-    """Caption, question and class of an image's region, and two helpers, as async functions.
+    """Words, boxes, masks and change of an image's region, and two helpers, as async functions.
 
     Every method raises a `PerceptionError` with text for the caller: AccessError (not an allowed file), ImageError
-    (not a readable raster), RegionError, InputError, DeadlinePassed, and of the model server ServerBusy,
-    ServerUnavailable, ServerError. `image` is a path under an allowed root. `region` is [x1, y1, x2, y2] in pixels,
-    empty for the whole image. `bands` are one (grey) or three (red, green, blue) band numbers, empty lets the file
-    decide. `progress` is told, plainly or async, how many looks at the region are done, of how many, and that in words.
+    (not a readable raster), RegionError, InputError, PairError, ArtifactError, DeadlinePassed, and of the model server
+    ServerBusy, ServerUnavailable, ServerError. `image` is a path under an allowed root. `region` is [x1, y1, x2, y2] in
+    pixels, empty for the whole image. `bands` are one (grey) or three (red, green, blue) band numbers, empty lets the
+    file decide. `progress` is told, plainly or async, how many looks at the region are done, of how many, and that in
+    words.
 
     A region beyond one look's size is looked at many times; `imagery.tiling` says at which scales, `reduction` how the
     answers become one. Cancelling a call ends its reading and asking.
@@ -110,12 +100,21 @@ class Tools:
         policy: which files may be read.
         client: the way to the model server.
         deadline_s: the time for one call, in seconds; beyond it the call ends with what was found by then.
+        artifacts: folder for the files of answers, of its own; None: one in this user's cache.
     """
 
-    def __init__(self, policy: AccessPolicy, client: Perceiving, deadline_s: float = DEADLINE_S) -> None:
+    def __init__(
+        self,
+        policy: AccessPolicy,
+        client: Perceiving,
+        deadline_s: float = DEADLINE_S,
+        artifacts: str | Path | None = None,
+    ) -> None:
         self._policy = policy
         self._client = client
         self._deadline_s = deadline_s
+        self._artifacts = artifacts
+        self._kept_store: ArtifactStore | None = None
         self._scenes: OrderedDict[tuple[Source, Stamp, tuple[int, ...]], Scene] = OrderedDict()
 
     async def inspect_image(self, image: str, bands: Sequence[int] = ()) -> InspectResult:
@@ -156,9 +155,16 @@ class Tools:
         bands: Sequence[int] = (),
         progress: Progress | None = None,
     ) -> VqaResult:
-        """Answer a question about a region; abstains where the answer is not certain enough."""
-        text = _checked_question(question)
+        """Answer a question about a region; abstains where the answer is not certain enough.
+
+        How many there are of a thing, or how much ground it covers, is read off boxes or a mask where the model knows
+        the thing; the answer's evidence says so and its artifacts hold them.
+        """
+        text = checked_question(question)
         scope = question_scope(text)
+        amount = asked_amount(text)
+        if amount is not None and (found := await self._amount(amount, image, region, bands, progress)):
+            return found
         call = await self._call(image, region, bands, partial(_looks_for, scope))
         request = PerceiveRequest(task="vqa", text=text)
         return await self._answer(
@@ -175,7 +181,7 @@ class Tools:
         progress: Progress | None = None,
     ) -> ClassifyResult:
         """Choose the class of a region among `labels`, or among the model's own classes where there are none."""
-        checked = _checked_labels(labels)
+        checked = checked_labels(labels)
         if not 1 <= top_k <= MAX_LABELS:
             raise InputError(f"top_k must be from 1 to {MAX_LABELS}, not {top_k}.")
         call = await self._call(image, region, bands, look_at_whole)
@@ -184,46 +190,290 @@ class Tools:
             call, request, lambda response: response.classes, partial(_classified, call, top_k), progress
         )
 
+    async def ground(
+        self,
+        image: str,
+        query: str,
+        region: Sequence[float] = (),
+        max_objects: int = 100,
+        min_score: float = 0.0,
+        bands: Sequence[int] = (),
+        preview: bool = False,
+        progress: Progress | None = None,
+    ) -> GroundResult:
+        """Find everything that a phrase names: boxes in pixels and on Earth, with calibrated scores.
+
+        `max_objects` are listed, the best; `count` and the vectors file tell of all. `min_score` 0 leaves it to the
+        model from which score on objects are worth giving.
+        """
+        phrase = checked_phrase(query, "query")
+        if not 1 <= max_objects <= MAX_OBJECTS:
+            raise InputError(f"max_objects must be from 1 to {MAX_OBJECTS}, not {max_objects}.")
+        if not 0 <= min_score <= 1:
+            raise InputError(f"min_score must be from 0 (the model's own threshold) to 1, not {min_score}.")
+        call = await self._call(image, region, bands, look_densely)
+        result, _ = await self._ground(call, phrase, max_objects, min_score, preview, progress)
+        return result
+
+    async def _ground(
+        self, call: Call, phrase: str, max_objects: int, min_score: float, preview: bool, progress: Progress | None
+    ) -> tuple[GroundResult, Found]:
+        from rs_tools import grounding
+
+        def reduce(seen: Seen[TileObjects]) -> GroundResult:
+            found = grounding.found_in(call, seen, min_score)
+            return grounding.grounded(call, phrase, max_objects, found, seen)
+
+        seen = await self._seen(call, _ground_request(call, phrase), _objects, reduce, progress)
+
+        def finish() -> tuple[GroundResult, Found]:
+            found = grounding.found_in(call, seen, min_score)
+            result = grounding.grounded(call, phrase, max_objects, found, seen)
+            if seen.valid:
+                result.artifacts = grounding.written(call, Output(self._store(), preview), phrase, found, result)
+            return result, found
+
+        return await asyncio.to_thread(finish)
+
+    async def segment(
+        self,
+        image: str,
+        classes: Sequence[str],
+        region: Sequence[float] = (),
+        bands: Sequence[int] = (),
+        preview: bool = False,
+        progress: Progress | None = None,
+    ) -> SegmentResult:
+        """Give each pixel one of the classes or none: pixels, share and area of each, a mask and its outlines."""
+        checked = checked_classes(classes)
+        call = await self._call(image, region, bands, look_densely)
+        result, _ = await self._segment(call, checked, preview, progress)
+        return result
+
+    async def _segment(
+        self, call: Call, checked: list[str], preview: bool, progress: Progress | None
+    ) -> tuple[SegmentResult, Painted | None]:
+        from rs_tools import painting, segmenting
+
+        store = await asyncio.to_thread(self._store)
+        painter, knowledge = painting.Painter(store, call, checked), segmenting.Knowledge()
+        reduce = partial(segmenting.segmented, call, checked, painter, knowledge)
+        seen, painted = await self._painted(
+            call, _segment_request(call, checked), _masks, knowledge.maps, painter,
+            lambda seen: reduce(seen, None), progress,
+        )  # fmt: skip
+
+        def finish() -> tuple[SegmentResult, Painted | None]:
+            result = reduce(seen, painted)
+            if painted is not None:
+                result.artifacts = segmenting.written(call, Output(store, preview), checked, painted, result)
+            return result, painted
+
+        return await asyncio.to_thread(finish)
+
+    async def detect_change(
+        self,
+        before: str,
+        after: str,
+        query: str = "",
+        region: Sequence[float] = (),
+        bands: Sequence[int] = (),
+        preview: bool = False,
+        progress: Progress | None = None,
+    ) -> DetectChangeResult:
+        """What changed between two images of one place: a mask, regions, area and a caption.
+
+        `region` and all answers are in pixels of `before`, on whose grid `after` is laid. `query` may name the kind of
+        change that is asked for.
+
+        Raises:
+            PairError: the two do not overlap, measure different things, or only one has a place on Earth.
+        """
+        phrase = checked_phrase(query, "query") if query.strip() else ""
+        call = await self._pair_call(before, after, region, bands)
+        from rs_tools import changing, painting
+
+        assert call.pair is not None
+        shift = await asyncio.to_thread(call.pair.shift)
+        store = await asyncio.to_thread(self._store)
+        painter = painting.Painter(store, call, changing.CLASSES)
+        request = PerceiveRequest(task="detect_change", text=phrase, gsd_m=call.tile_gsd_m, modality=call.modality)
+        seen, painted = await self._painted(
+            call, request, lambda response: response.changes, changing.maps, painter,
+            lambda seen: changing.detected(call, painter, seen, None, shift, ()), progress,
+        )  # fmt: skip
+        scenes = await self._scene_captions(call) if painted is not None and painted.areas else []
+
+        def finish() -> DetectChangeResult:
+            result = changing.detected(call, painter, seen, painted, shift, scenes)
+            if painted is not None:
+                result.artifacts = changing.written(call, Output(store, preview), painted, result)
+            return result
+
+        return await asyncio.to_thread(finish)
+
+    async def read_artifact(self, uri: str) -> bytes:
+        """The content of a file that an answer refers to.
+
+        Raises:
+            ArtifactError: no such file (any more), or too large to hand over.
+        """
+        return await asyncio.to_thread(lambda: self._store().read(uri))
+
     async def _call(
         self,
         image: str,
         region: Sequence[float],
         bands: Sequence[int],
         plan: Callable[[Region, float | None], Looks],
-    ) -> _Call:
+    ) -> Call:
         started = time.perf_counter()
 
-        def planned() -> _Call:
+        def planned() -> Call:
             scene = self._scene(image, bands)
-            place = scene.georeference
-            gsd_m = place.gsd_m(scene.width, scene.height) if place else None
-            return _Call(scene, plan(scene.region(region), gsd_m), started)
+            looks = plan(scene.region(region), scene_gsd_m(scene))
+            return Call(scene, looks, started, dense=plan is look_densely)
+
+        return await asyncio.to_thread(planned)
+
+    async def _pair_call(self, before: str, after: str, region: Sequence[float], bands: Sequence[int]) -> Call:
+        started = time.perf_counter()
+
+        def planned() -> Call:
+            earlier = self._scene(before, bands)
+            looks = look_densely(earlier.region(region), scene_gsd_m(earlier))
+            return Call(earlier, looks, started, Pair.of(earlier, self._scene(after, bands)), dense=True)
 
         return await asyncio.to_thread(planned)
 
     async def _answer(
         self,
-        call: _Call,
+        call: Call,
         request: PerceiveRequest,
         pick: Callable[[PerceiveResponse], Sequence[_A]],
         reduce: Callable[[Seen[_A]], _R],
         progress: Progress | None,
     ) -> _R:
         """The answers that `pick` finds in the responses to all looks, reduced to one result."""
+        return reduce(await self._seen(call, request, pick, reduce, progress))
+
+    async def _seen(
+        self,
+        call: Call,
+        request: PerceiveRequest,
+        pick: Callable[[PerceiveResponse], Sequence[_A]],
+        reduce: Callable[[Seen[_A]], Result],
+        progress: Progress | None,
+        take: Callable[[Sequence[Taken[_A]]], Awaitable[None]] | None = None,
+    ) -> Seen[_A]:
+        """The answers to all looks. `reduce` says what was found until the deadline; `take` as in `stream`."""
 
         async def ask(tiles: list[np.ndarray]) -> Sequence[_A]:
             response = await self._client.perceive(request, tiles)
             answers = pick(response)
-            if len(answers) != len(tiles):
-                raise ServerError(f"The model server did not answer each of the {len(tiles)} tiles; try again.")
+            wanted = len(tiles) // 2 if call.pair is not None else len(tiles)
+            if len(answers) != wanted:
+                raise ServerError(f"The model server did not answer each of the {wanted} tiles; try again.")
             call.heard(response)
             return answers
 
-        left = self._deadline_s - (time.perf_counter() - call.started)
         try:
-            return reduce(await stream(call.scene, call.looks, ask, seconds=left, progress=progress))
+            return await stream(
+                call.pair or call.scene, call.looks, ask, seconds=self._left(call), progress=progress,
+                batch=DENSE_BATCH if call.dense else BATCH, take=take,
+            )  # fmt: skip
         except OutOfTime as late:
             raise DeadlinePassed(_too_late(self._deadline_s, call.looks, late.seen, reduce)) from late
+
+    async def _painted(
+        self,
+        call: Call,
+        request: PerceiveRequest,
+        pick: Callable[[PerceiveResponse], Sequence[_A]],
+        maps: Callable[[_A], Maps],
+        painter: Painter,
+        reduce: Callable[[Seen[_A]], Result],
+        progress: Progress | None,
+    ) -> tuple[Seen[_A], Painted | None]:
+        """All looks painted; None for the mask of a region without data."""
+        thread = ThreadPoolExecutor(1, thread_name_prefix="rs_tools-painter")
+        loop = asyncio.get_running_loop()
+
+        def paint(tiles: Sequence[Taken[_A]]) -> None:
+            for tile in tiles:
+                painter.add(tile.index, None if tile.answer is None else maps(tile.answer), tile.valid)
+
+        async def take(tiles: Sequence[Taken[_A]]) -> None:
+            try:
+                await loop.run_in_executor(thread, paint, tiles)
+            except ValueError as error:
+                raise ServerError(f"The model server's maps do not fit the tiles it was sent: {error}.") from error
+
+        try:
+            seen = await self._seen(call, request, pick, reduce, progress, take)
+            return seen, await loop.run_in_executor(thread, painter.finish) if seen.valid else None
+        finally:
+            thread.submit(painter.close)  # after what it is doing
+            thread.shutdown(wait=False)
+
+    async def _scene_captions(self, call: Call) -> Sequence[TileCaption]:
+        """Of the earlier and the later scene of a pair, each from one look; none where no time is left for them."""
+
+        def read() -> list[np.ndarray]:
+            assert call.pair is not None
+            plan = single_tile(call.region)
+            with call.pair.reader() as reading:
+                return list(shown(reading(call.region, plan.size(call.region))))
+
+        async def ask(tiles: list[np.ndarray]) -> Sequence[TileCaption]:
+            return (await self._client.perceive(PerceiveRequest(task="caption"), tiles)).captions
+
+        try:
+            async with asyncio.timeout(self._left(call)):
+                return await asked(ask, await asyncio.to_thread(read), patient=True)
+        except TimeoutError:  # the change itself is known, and worth more than words about the scenes
+            return []
+
+    async def _amount(
+        self, amount: Amount, image: str, region: Sequence[float], bands: Sequence[int], progress: Progress | None
+    ) -> VqaResult | None:
+        """The answer from boxes or a mask; None where the model does not know the thing or the place has no area."""
+        call = await self._call(image, region, bands, look_densely)
+        if amount.kind == "area" and call.scene.georeference is None:
+            return None
+        request = _ground_request(call, amount.phrase)
+        if amount.kind == "area":
+            request = _segment_request(call, [amount.phrase])
+        if not await self._knows(request):
+            return None
+        from rs_tools import evidence
+
+        if amount.kind == "count":
+            boxes, found = await self._ground(call, amount.phrase, MAX_OBJECTS, 0.0, False, progress)
+            return evidence.counted(amount.phrase, call.region, boxes, found) if boxes.artifacts else None
+        mask, painted = await self._segment(call, [amount.phrase], False, progress)
+        return None if painted is None else evidence.covered(amount.phrase, call.region, mask, painted)
+
+    async def _knows(self, request: PerceiveRequest) -> bool:
+        """Whether the model knows what a request names, asked with a tile that shows nothing."""
+        blank = np.full((_BLANK, _BLANK, 3), 127, np.uint8)
+        try:
+            response = await self._client.perceive(request, [blank])
+        except ServerError:  # this model cannot do it at all
+            return False
+        answers = [*(one.known for one in response.objects), *(known for one in response.masks for known in one.known)]
+        return bool(answers) and all(answers)
+
+    def _left(self, call: Call) -> float:
+        return self._deadline_s - (time.perf_counter() - call.started)
+
+    def _store(self) -> ArtifactStore:
+        """The folder of artifacts, made when it is first needed."""
+        if self._kept_store is None:
+            from rs_tools.artifacts import ArtifactStore, default_folder
+
+            self._kept_store = ArtifactStore(self._artifacts or default_folder())
+        return self._kept_store
 
     def _scene(self, image: str, bands: Sequence[int]) -> Scene:
         """The scene of an image, kept while its file stays the same. Failures are not kept."""
@@ -253,7 +503,7 @@ class Tools:
             roots=[str(root) for root in self._policy.roots],
             truncated=len(paths) > MAX_LISTED,
             warnings=warnings,
-            provenance=Provenance(elapsed_s=_elapsed(started)),
+            provenance=Provenance(elapsed_s=elapsed(started)),
         )
 
     def _listed(self, path: Path) -> ListedImage:
@@ -287,11 +537,27 @@ def _inspection(scene: Scene, started: float) -> InspectResult:
         modality_reason=scene.modality_reason,
         georeferenced=georeference is not None,
         warnings=list(scene.warnings),
-        provenance=_scene_provenance(scene, started),
+        provenance=scene_provenance(scene, started),
     )
 
 
 _NOT_FINITE: dict[str, Literal["nan", "inf", "-inf"]] = {"nan": "nan", "inf": "inf", "-inf": "-inf"}
+
+
+def _ground_request(call: Call, phrase: str) -> PerceiveRequest:
+    return PerceiveRequest(task="ground", text=phrase, gsd_m=call.tile_gsd_m, modality=call.modality)
+
+
+def _segment_request(call: Call, classes: Sequence[str]) -> PerceiveRequest:
+    return PerceiveRequest(task="segment", labels=list(classes), gsd_m=call.tile_gsd_m, modality=call.modality)
+
+
+def _objects(response: PerceiveResponse) -> list[TileObjects]:
+    return response.objects
+
+
+def _masks(response: PerceiveResponse) -> list[TileMasks]:
+    return response.masks
 
 
 def _looks_for(scope: Scope, region: Region, gsd_m: float | None) -> Looks:
@@ -307,25 +573,25 @@ def _looks_for(scope: Scope, region: Region, gsd_m: float | None) -> Looks:
             return look_at_whole(region, gsd_m)
 
 
-def _captioned(call: _Call, detail: Literal["short", "full"], seen: Seen[TileCaption]) -> CaptionResult:
+def _captioned(call: Call, detail: Literal["short", "full"], seen: Seen[TileCaption]) -> CaptionResult:
     looks = seen.looks
     if not looks:
-        return CaptionResult(caption=_NO_DATA, parts=[], confidence=0, **_common(call, seen))
+        return CaptionResult(caption=NO_DATA, parts=[], confidence=0, **common(call, seen))
     found = reduce_captions(looks, detail)
     return CaptionResult(
         caption=found.caption,
         parts=[CaptionPart(region=list(part.region), caption=part.answer.caption) for part in found.parts],
         confidence=found.confidence,
-        **_common(call, seen),
+        **common(call, seen),
     )
 
 
-def _answered(call: _Call, scope: Scope, seen: Seen[TileVqa]) -> VqaResult:
+def _answered(call: Call, scope: Scope, seen: Seen[TileVqa]) -> VqaResult:
     looks = seen.looks
     if not looks:
         return VqaResult(
-            answer=_NO_DATA, kind="text", confidence=0, abstained=True, alternatives=[], evidence=[],
-            **_common(call, seen),
+            answer=NO_DATA, kind="text", confidence=0, abstained=True, alternatives=[], evidence=[],
+            **common(call, seen),
         )  # fmt: skip
     found = reduce_answers(scope, looks)
     return VqaResult(
@@ -338,21 +604,21 @@ def _answered(call: _Call, scope: Scope, seen: Seen[TileVqa]) -> VqaResult:
             Evidence(region=list(look.region), answer=look.answer.answer, confidence=look.answer.confidence)
             for look in found.evidence
         ],
-        **_common(call, seen, found.warnings),
+        **common(call, seen, found.warnings),
     )
 
 
-def _classified(call: _Call, top_k: int, seen: Seen[TileClasses]) -> ClassifyResult:
+def _classified(call: Call, top_k: int, seen: Seen[TileClasses]) -> ClassifyResult:
     looks = seen.looks
     if not looks:
-        return ClassifyResult(label="", score=0, top=[], **_common(call, seen))
+        return ClassifyResult(label="", score=0, top=[], **common(call, seen))
     top = _ranked(reduce_classes(looks))
     parts = [ClassPart(region=list(look.region), **_ranked(reduce_classes([look]))[0]) for look in looks]
     return ClassifyResult(
         **top[0],
         top=[ClassScore(**one) for one in top[:top_k]],
         parts=parts if len(parts) > 1 else [],
-        **_common(call, seen),
+        **common(call, seen),
     )
 
 
@@ -365,99 +631,10 @@ def _ranked(scores: dict[str, float]) -> list[dict]:
 def _too_late(deadline_s: float, looks: Looks, seen: Seen[_A], reduce: Callable[[Seen[_A]], Result]) -> str:
     """What was done until the deadline, and how to get the rest."""
     text = f"The {deadline_s:g} s for one call are over after {seen.done} of {seen.total} looks; the rest is cancelled."
-    if seen.looks:
+    if seen.valid:
         text += f" So far: {headline(reduce(seen))}."
     if seen.total > 1:
         rest, _ = looks.windows[seen.done]
         end = looks.finest.regions[-1]
         text += f" Ask about a smaller region; what was not looked at begins at row {rest[1]} and ends at row {end[3]}."
     return text
-
-
-def _common(call: _Call, seen: Seen, reduced: Sequence[str] = ()) -> dict:
-    """The fields that every answer about a region carries. `reduced`: warnings of the reduction."""
-    provenance = _scene_provenance(call.scene, call.started)
-    plan = call.looks.finest
-    provenance.tile_grid = TileGrid(
-        columns=plan.columns,
-        rows=plan.rows,
-        tile_width=plan.tile_size[0],
-        tile_height=plan.tile_size[1],
-        decimation=plan.decimation,
-        overlap=plan.overlap,
-        overview=call.looks.parts is not None and call.looks.overview is not None,
-    )
-    if call.response is not None:
-        provenance.model = call.response.model.model
-        provenance.weights_digest = call.response.model.weights_digest
-        provenance.attention_backend = call.response.model.attention_backend
-        provenance.precision = call.response.model.precision
-        provenance.task_token = call.response.task_token
-        provenance.expert = call.response.expert
-    return {
-        "georeferenced": call.scene.georeference is not None,
-        "warnings": [*call.scene.warnings, *_look_warnings(call.scene, call.looks, seen), *reduced, *call.said],
-        "provenance": provenance,
-    }
-
-
-def _scene_provenance(scene: Scene, started: float) -> Provenance:
-    return Provenance(
-        image_digest=scene.digest,
-        bands=list(scene.choice.indexes),
-        stretch=str(scene.stretch),
-        elapsed_s=_elapsed(started),
-    )
-
-
-def _look_warnings(scene: Scene, looks: Looks, seen: Seen) -> list[str]:
-    if seen.valid == 0:
-        return [_NO_DATA]
-    warnings = []
-    if scene.modality in _MODALITY_WARNINGS:
-        warnings.append(f"{_MODALITY_WARNINGS[scene.modality]} (Guessed: {scene.modality_reason}.)")
-    if seen.valid < 0.5:
-        warnings.append(f"Only {seen.valid:.1%} of the region holds data.")
-    if seen.one_color:
-        warnings.append("The region is of one uniform colour; there is little to see in it.")
-    plan = looks.finest
-    if looks.coarsened:
-        warnings.append(
-            f"The region would take {looks.coarsened} looks at the scale meant for this question; it got "
-            f"{len(plan.regions)}, reduced {plan.decimation:.1f}-fold, so small objects may be missed. Ask about "
-            "smaller regions for details."
-        )
-    elif plan.decimation >= _HEAVY_DECIMATION:
-        warnings.append(
-            f"The region was reduced {plan.decimation:.1f}-fold for the model; small objects are lost and counts are "
-            "too low. Ask about a smaller region for details."
-        )
-    return warnings
-
-
-def _checked_question(question: str) -> str:
-    text = " ".join(question.split())
-    if not text:
-        raise InputError("The question is empty; ask one question about what is visible.")
-    if len(text) > MAX_TEXT:
-        raise InputError(f"The question has {len(text)} characters; at most {MAX_TEXT} are allowed.")
-    return text
-
-
-def _checked_labels(labels: Sequence[str]) -> list[str]:
-    """Trimmed labels without repeats; none is fine and means the model's own classes."""
-    checked = list(dict.fromkeys(" ".join(label.split()) for label in labels))
-    if not checked:
-        return []
-    if len(checked) == 1 and checked != [""]:
-        raise InputError("One label leaves nothing to choose; give at least two, or none for the model's own classes.")
-    if len(checked) > MAX_LABELS:
-        raise InputError(f"There are {len(checked)} labels; at most {MAX_LABELS} are allowed.")
-    for label in checked:
-        if not 1 <= len(label) <= MAX_LABEL_LENGTH:
-            raise InputError(f"A label has 1 to {MAX_LABEL_LENGTH} characters; {label[:40]!r} has {len(label)}.")
-    return checked
-
-
-def _elapsed(started: float) -> float:
-    return round(time.perf_counter() - started, 4)

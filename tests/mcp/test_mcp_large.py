@@ -15,6 +15,7 @@ from mcp_processes import Connect, text_of
 
 import mcp_server
 from model_server.protocol import ModelInfo, PerceiveRequest, PerceiveResponse, TileVqa
+from rs_tools.errors import ServerError
 from rs_tools.imagery.access import AccessPolicy
 from rs_tools.looking import BATCH
 
@@ -44,6 +45,8 @@ class GatedModel:
         self.cancelled = asyncio.Event()
 
     async def perceive(self, request: PerceiveRequest, tiles: list[np.ndarray]) -> PerceiveResponse:
+        if request.task == "ground":
+            raise ServerError("this model has no part for boxes")
         self.batches += 1
         if self.batches > 1:
             self.waiting.set()

@@ -1,0 +1,239 @@
+"""A mask of a scene, painted tile by tile: blended, cut at thresholds, counted, outlined and written row by row.
+
+Rows leave as soon as no tile can add to them, so the memory taken is that of the tiles across the scene and of the
+outlines kept, whatever the scene's height. A painter belongs to one thread: GDAL's open files do.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import rasterio
+import shapely
+from affine import Affine
+
+from rs_tools.artifacts import ArtifactStore, Feature, MaskWriter
+from rs_tools.calls import Call, Output
+from rs_tools.geometry.blending import NODATA, Band, Blender
+from rs_tools.geometry.measures import Georeference, MaskTotals, TileFrame
+from rs_tools.geometry.vectors import MaskOutliner, Shape, measured, placed, simplified
+from rs_tools.grounding import picture_size
+from rs_tools.preview import render
+from rs_tools.results import Artifact, Provenance
+
+MIN_PIXELS = 4  # of an area with an outline; the model's own cells are no smaller
+MAX_AREAS = 20_000  # outlines kept, the largest
+_LEVELS = 255
+_BATCH = 512  # areas measured and simplified at once
+
+
+@dataclass(frozen=True)
+class Maps:
+    """What the model says of one tile: uint8 [K, h, w] probabilities of 0..255, and a threshold in 0..1 for each."""
+
+    probabilities: np.ndarray
+    thresholds: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Area:
+    """One connected area of a class.
+
+    Attributes:
+        value: of its pixels in the mask.
+        pixels: how many they are.
+        score: their mean probability.
+        bbox: x1, y1, x2, y2 in scene pixels, exactly.
+        outline: simplified, in scene pixels.
+        area_m2: of the exact outline on Earth, or None where that has no place.
+    """
+
+    value: int
+    pixels: int
+    score: float
+    bbox: tuple[int, int, int, int]
+    outline: shapely.Polygon
+    area_m2: float | None
+
+
+@dataclass(frozen=True)
+class Painted:
+    """A finished mask.
+
+    Attributes:
+        mask: its file.
+        areas: its connected areas of `MIN_PIXELS` and more, largest first.
+        specks: smaller areas, without an outline.
+        left_out: areas beyond `MAX_AREAS`.
+        highest: the highest probability of each class.
+    """
+
+    mask: Artifact
+    areas: list[Area]
+    specks: int
+    left_out: int
+    highest: list[float]
+
+
+class Painter:
+    """Paints one mask; call `close` whatever happens.
+
+    Args:
+        store: where the mask goes.
+        call: whose looks are painted.
+        classes: names of the classes; the first has value 1 in the mask.
+
+    Attributes:
+        totals: pixels and square metres by value, of the rows painted so far.
+        highest: float [K], the highest probability of each class so far.
+    """
+
+    def __init__(self, store: ArtifactStore, call: Call, classes: Sequence[str]) -> None:
+        plan, self._region = call.looks.finest, call.region
+        x1, y1, x2, y2 = self._region
+        self._georeference = call.scene.georeference
+        self._frames = [TileFrame(region, plan.size(region)) for region in plan.regions]
+        self._classes = dict(enumerate(classes, 1))
+        self._blender = Blender(self._frames, self._region, len(classes))
+        self._outliner = MaskOutliner(x2 - x1, origin=(x1, y1), min_pixels=MIN_PIXELS)
+        self._store = store
+        self._stack = ExitStack()
+        self._writer: MaskWriter | None = None
+        self._thresholds: Sequence[float] | None = None
+        self._fresh: list[Shape] = []
+        self._areas: list[tuple[int, int, Area]] = []  # a heap, smallest first; the number keeps areas from comparing
+        self._number = 0
+        self._height = y2 - y1
+        self.totals = MaskTotals(self._region, self._georeference)
+        self.highest = np.zeros(len(classes))
+
+    def add(self, index: int, maps: Maps | None, valid: np.ndarray) -> None:
+        """Paint one tile. `maps` is None where it holds no data; `valid`: bool [h, w], its pixels that do.
+
+        Raises:
+            ArtifactError: the mask cannot be written.
+            ValueError: the maps do not fit the tile.
+        """
+        if maps is None:
+            width, height = self._frames[index].size
+            probabilities = np.zeros((len(self._classes), height, width), np.float32)
+        else:
+            probabilities = maps.probabilities.astype(np.float32) / _LEVELS
+            if self._thresholds is None:
+                self._thresholds = list(maps.thresholds)
+            seen = np.where(valid, maps.probabilities, 0).max(axis=(1, 2)) / _LEVELS
+            self.highest = np.maximum(self.highest, seen)
+        for band in self._blender.add(index, probabilities, valid):
+            self._paint(band)
+
+    def finish(self) -> Painted:
+        """The mask, once all tiles are painted; raises ArtifactError as `add`."""
+        writer = self._opened()
+        self._collect(self._outliner.finish())
+        self._measure()
+        self._stack.close()
+        areas = [area for _, _, area in sorted(self._areas, key=lambda one: (-one[0], one[1]))]
+        return Painted(writer.artifact, areas, self._outliner.specks, self._number - len(areas), self.highest.tolist())
+
+    def close(self) -> None:
+        """Remove what is half made; after `finish` there is nothing to do."""
+        stop = _Unfinished()
+        self._stack.__exit__(_Unfinished, stop, None)
+
+    def _paint(self, band: Band) -> None:
+        # Without a threshold no tile has had data yet, so all of these rows are nodata.
+        mask = band.mask(1.0 if self._thresholds is None else self._thresholds)
+        self._opened().write(mask)
+        self.totals.add(band.top, mask)
+        chosen = np.clip(mask, 1, len(self._classes))[None].astype(np.intp) - 1
+        scores = np.take_along_axis(band.probabilities, chosen, axis=0)[0]
+        self._collect(self._outliner.add(mask, scores))
+
+    def _opened(self) -> MaskWriter:
+        if self._writer is None:
+            x1, y1, x2, _ = self._region
+            place = self._georeference
+            grid = None if place is None else place.transform * Affine.translation(x1, y1)
+            wkt = None if place is None else place.crs_wkt
+            mask = self._store.mask((x2 - x1, self._height), self._classes, wkt, grid)
+            self._writer = self._stack.enter_context(mask)
+        return self._writer
+
+    def _collect(self, shapes: Iterable[Shape]) -> None:
+        for shape in shapes:
+            self._fresh.append(shape)
+            if len(self._fresh) == _BATCH:
+                self._measure()
+
+    def _measure(self) -> None:
+        for shape in measured(self._fresh, self._georeference):
+            x1, y1, x2, y2 = (round(side) for side in shape.polygon.bounds)
+            outline, score = simplified(shape.polygon), min(1.0, shape.score)
+            area = Area(shape.value, shape.pixels, score, (x1, y1, x2, y2), outline, shape.area_m2)
+            self._number += 1
+            heapq.heappush(self._areas, (shape.pixels, self._number, area))
+            if len(self._areas) > MAX_AREAS:
+                heapq.heappop(self._areas)
+        self._fresh = []
+
+
+class _Unfinished(Exception):
+    """Tells the mask's writer that no more rows come."""
+
+
+def vectors(
+    store: ArtifactStore,
+    call: Call,
+    areas: Sequence[Area],
+    classes: Sequence[str],
+    provenance: Provenance,
+    warnings: Sequence[str],
+) -> Artifact:
+    """The outlines as a file of vectors, each with its class, pixels, area and mean probability."""
+    georeference = call.scene.georeference
+    polygons = [area.outline for area in areas]
+    features = [
+        Feature(
+            geometry,
+            {
+                "label": classes[area.value - 1],
+                "value": area.value,
+                "pixels": area.pixels,
+                "area_m2": area.area_m2,
+                "score": round(area.score, 4),
+            },
+        )
+        for area, geometry in zip(areas, _geometries(polygons, georeference), strict=True)
+    ]
+    return store.vectors(features, provenance, warnings, lonlat=georeference is not None, gsd_m=call.gsd_m)
+
+
+def picture(call: Call, output: Output, mask: Artifact, classes: Sequence[str]) -> Artifact:
+    """The region (of a pair as it is later) with the mask over it."""
+    size = picture_size(call)
+    with rasterio.open(mask.path) as file:
+        small = file.read(1, out_shape=(size[1], size[0]))
+    if call.pair is None:
+        rgb = call.scene.read(call.region, size).rgb
+    else:
+        with call.pair.reader() as read:
+            rgb = read(call.region, size).after.rgb
+    names = dict(enumerate(classes, 1))
+    return output.store.preview(render(rgb, call.region, mask=small, classes=names, gsd_m=call.gsd_m))
+
+
+def figures(painter: Painter, value: int) -> tuple[int, float, float | None]:
+    """Pixels of a class so far, their share of the pixels with data, and square metres or None."""
+    pixels = int(painter.totals.pixels[value])
+    data = int(painter.totals.pixels[:NODATA].sum())
+    return pixels, pixels / data if data else 0.0, painter.totals.area_m2(value)
+
+
+def _geometries(
+    polygons: Sequence[shapely.Polygon], georeference: Georeference | None
+) -> Sequence[shapely.Geometry | None]:
+    return polygons if georeference is None else placed(polygons, georeference)
