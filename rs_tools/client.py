@@ -55,7 +55,10 @@ class ModelClient:
         await self._http.aclose()
 
     async def perceive(self, request: PerceiveRequest, tiles: list[np.ndarray]) -> PerceiveResponse:
-        """Have every tile (each uint8 [H, W, 3] RGB) answered. Cancelling frees the place on the server.
+        """Have every tile (each uint8 [H, W, 3] RGB), or pair of tiles, answered. Cancelling frees the place on the
+        server.
+
+        The response's `masks` and `changes` hold their `probabilities`, uint8 0..255, on the pixels of the tiles.
 
         Raises:
             InputError: the tiles are too many bytes for one request.
@@ -71,9 +74,11 @@ class ModelClient:
             )
         response = await self._call("POST", "/v1/perceive", body)
         try:
-            return await asyncio.to_thread(decode_response, response.content)
+            answer = await asyncio.to_thread(decode_response, response.content)
+            _check_sizes(answer, tiles)
         except WireError as error:
             raise ServerError(f"{response.url} does not speak this protocol: {error}") from error
+        return answer
 
     async def health(self) -> dict[str, Any]:
         """What `/health` says; finds or starts the local server as `perceive` does. Errors as there."""
@@ -139,6 +144,15 @@ class ModelClient:
             ) from error
 
 
+def _check_sizes(answer: PerceiveResponse, tiles: list[np.ndarray]) -> None:
+    """Raises WireError where an array does not lie on the pixels of its tile."""
+    masks = zip(tiles, answer.masks, strict=False)
+    changes = zip(tiles[::2], answer.changes, strict=False)
+    for tile, dense in (*masks, *changes):
+        if dense.probabilities.shape[-2:] != tile.shape[:2]:
+            raise WireError(f"probabilities {dense.probabilities.shape} for a tile of {tile.shape[1]}x{tile.shape[0]}")
+
+
 def _checked(response: httpx.Response) -> httpx.Response:
     if response.status_code == 200:
         return response
@@ -148,6 +162,8 @@ def _checked(response: httpx.Response) -> httpx.Response:
         raise ServerBusy(f"the model server is busy: {message}; call again in {wait_s:.0f} s", wait_s)
     if response.status_code == 401:
         message = f"{message}: give the token of the server at {response.url.host}"
+    if response.status_code == 501:
+        raise ServerError(message)  # nothing is wrong with the server: its model cannot do this
     raise ServerError(f"the model server answered {response.status_code}: {message}")
 
 

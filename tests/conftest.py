@@ -21,6 +21,16 @@ def debug_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def dense_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a branch for boxes, masks and change, random too."""
+    from model_server.checkpoints.debug import write_debug_checkpoint
+
+    folder = tmp_path_factory.mktemp("weights") / "dense"
+    write_debug_checkpoint(folder, dense=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def labelled_data() -> Path:
     """The directory of labelled sets (RS_DATA, or ../shared/data); the test is skipped where there is none."""
     folder = Path(os.environ.get("RS_DATA", ROOT.parent / "shared" / "data"))
