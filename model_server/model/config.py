@@ -52,7 +52,8 @@ class DecoderConfig:
     """A causal decoder of the Llama family; Qwen2 adds biases to q, k and v (`qkv_bias`).
 
     `tied`: the output embedding is the input's. `rope_sections`: rotary frequencies that follow time, row and column
-    (M-RoPE of Qwen2-VL); empty = one position a token.
+    (M-RoPE of Qwen2-VL); empty = one position a token. `expert_rank`: 0 = each expert is a whole feed-forward layer
+    (as published); else all share one and differ from it by matrices of this rank.
     """
 
     vocab_size: int = 2048
@@ -69,6 +70,7 @@ class DecoderConfig:
     qkv_bias: bool = False
     tied: bool = True
     rope_sections: tuple[int, ...] = ()
+    expert_rank: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +78,18 @@ class FusionConfig:
     """SFI (Aquila) over a grid of `grid` x `grid` queries, and its repetition inside the decoder (MDA).
 
     `strides` are the scales whose maps are looked at. `query_from_last` starts each query from the last stage
-    at its place; with False the queries are free parameters only, as published.
+    at its place; with False the queries are free parameters only, as published. `sfi` off: they look at no map.
+    `mda_layers`: decoder layers (0-based) before which it is repeated, with weights of their own or, `mda_shared`, one
+    module for all (the paper names neither). `width`: channels in which queries and keys meet; None = the decoder's.
     """
 
     grid: int = 8
     strides: tuple[int, ...] = (8, 16, 32)
     query_from_last: bool = True
     mda_layers: tuple[int, ...] = (2,)
+    sfi: bool = True
+    mda_shared: bool = False
+    width: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +201,8 @@ class LlavaConfig:
     """A LLaVA-style model: a vision transformer, a two-layer projector and a decoder (RSUniVLM, MF-RSVLM).
 
     `feature` is the hidden state of the tower that is projected. `inject_layers`: decoder layers (0-based) before
-    which the detail stacks are looked at again, at prefill; they need `details`.
+    which the detail stacks are looked at again; they need `details`. `inject_steps`: not by the visual tokens alone, at
+    prefill, as published, but by every token of text too, at every decoding step (as the paper says).
     """
 
     name: str
@@ -204,6 +212,7 @@ class LlavaConfig:
     feature: int = 26
     details: DetailConfig | None = None
     inject_layers: tuple[int, ...] = ()
+    inject_steps: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +247,29 @@ class QwenVLConfig:
     image_token: int
     image_size: int = 504
     modulation: ModulationConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvNeXtConfig:
+    """A ConvNeXt pyramid of four stages, strides 4, 8, 16 and 32 (XXL by default); pixels come normalised."""
+
+    widths: tuple[int, ...] = (384, 768, 1536, 3072)
+    depths: tuple[int, ...] = (3, 4, 30, 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AquilaConfig:
+    """Aquila: a ConvNeXt pyramid, a two-layer projector for each scale, SFI, and a decoder with MDA.
+
+    `fusion.width` is the width of the projectors, of the queries and of MDA's inner space. Images have `image_size`
+    pixels a side, a multiple of 32 times the grid's, so that every scale divides into the windows of the queries.
+    """
+
+    name: str
+    decoder: DecoderConfig
+    fusion: FusionConfig
+    backbone: ConvNeXtConfig = field(default_factory=ConvNeXtConfig)
+    image_size: int = 1024
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model_server.model.attention import KVCache, attend, rotary_table, rotate
+from model_server.model.attention import KVCache, Mask, attend, rotary_table, rotate
 from model_server.model.config import DecoderConfig
 from model_server.model.experts import GranularExperts
 from model_server.model.fusion import SpatialIntegration, Windows
@@ -34,9 +34,9 @@ class Block(nn.Module):
         self.experts = GranularExperts(w, config.ffn, config.experts)
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, expert: Tensor,
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, expert: Tensor,
                 cache: KVCache | None, layer: int) -> Tensor:  # fmt: skip
-        """x [B, T, W] -> [B, T, W]; mask bool [B, 1, T, S], None = look at everything."""
+        """x [B, T, W] -> [B, T, W]; mask bool [B, 1, T, S], "causal", or None = look at everything."""
         b, t, w = x.shape
         kv = self.kv_heads * self.head_width
         q, k, v = self.qkv(self.norm1(x)).split([w, kv, kv], -1)
@@ -65,12 +65,12 @@ class Decoder(nn.Module):
         self.inject = nn.ModuleDict({str(layer): Injection(config.width) for layer in inject})
         self.head = None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None, expert: Tensor,
+    def forward(self, x: Tensor, positions: Tensor, mask: Mask, expert: Tensor,
                 windows: Windows | None = None, cache: KVCache | None = None,
                 details: Details | None = None) -> Tensor:  # fmt: skip
         """Hidden states [B, T, W] of embeddings x [B, T, W] at integer positions [B, T], or [3, B, T] for M-RoPE.
 
-        mask: bool, broadcastable to [B, 1, T, S]; None = look at everything.
+        mask: bool, broadcastable to [B, 1, T, S]; "causal"; or None = look at everything.
         windows, details: given when x begins with the visual tokens, for MDA and injection; None on later steps over
         a cache. expert: int [B] on the CPU, each sequence's expert row.
         """

@@ -12,7 +12,7 @@ made and no map is projected.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -45,17 +45,18 @@ class MapWindows(nn.Module):
 class SpatialIntegration(nn.Module):
     """One SFI operation on L*L tokens of width D."""
 
-    def __init__(self, widths: Mapping[int, int], keys: Mapping[int, int], width: int) -> None:
-        """widths: stride -> C_s; keys: stride -> keys per query at that scale."""
+    def __init__(self, widths: Mapping[int, int], keys: Mapping[int, int], width: int,
+                 inner: int | None = None) -> None:  # fmt: skip
+        """widths: stride -> C_s; keys: stride -> keys per query at that scale; inner: where they meet, default D."""
         super().__init__()
-        self.width = width
+        self.width = inner = inner or width
         self.norm = nn.LayerNorm(width)
-        self.query = nn.Linear(width, width)
-        self.keys = nn.ModuleDict({str(s): nn.Linear(c, width, bias=False) for s, c in widths.items()})
+        self.query = nn.Linear(width, inner)
+        self.keys = nn.ModuleDict({str(s): nn.Linear(c, inner, bias=False) for s, c in widths.items()})
         self.values = nn.ModuleDict({str(s): nn.Linear(c, width) for s, c in widths.items()})
         # Absolute positions: where in its window, and at which scale, a key stands.
         self.places = nn.ParameterDict(
-            {str(s): nn.Parameter(torch.randn(keys[s], width) * 0.02) for s in widths}
+            {str(s): nn.Parameter(torch.randn(keys[s], inner) * 0.02) for s in widths}
         )  # fmt: skip
         for value in self.values.values():  # start close to the identity: the residual carries the query
             assert isinstance(value, nn.Linear)
@@ -77,6 +78,13 @@ class SpatialIntegration(nn.Module):
             gathered = torch.einsum("bnk,bnkc->bnc", a, windows[int(s)])
             out = out + F.linear(gathered, value.weight) + a.sum(-1, keepdim=True) * value.bias
         return out
+
+    @staticmethod
+    def repeated(layers: Sequence[int], build: Callable[[], SpatialIntegration],
+                 shared: bool) -> dict[int, SpatialIntegration]:  # fmt: skip
+        """MDA: an operation for each decoder layer, or one for all."""
+        one = build() if shared and layers else None
+        return {layer: one or build() for layer in layers}
 
     @staticmethod
     def _weight(layer: nn.Module) -> Tensor:

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from model_server.model.attention import KVCache
 from model_server.model.config import LlavaConfig
 from model_server.model.decoder import Decoder
+from model_server.model.greedy import follow
 from model_server.model.injection import Details
 from model_server.model.merging import merge_tiles
-from model_server.model.rsvlm import DecodeState, prompt_mask
+from model_server.model.rsvlm import DecodeState
 from model_server.model.vit import VisionTransformer
 from model_server.model.windows import canvas_of, detail_stacks, global_view, plan
 
@@ -130,8 +131,8 @@ class LlavaVLM(nn.Module):
     def forward(self, prompt: Prompt, expert: Tensor, cache: KVCache | None = None) -> Tensor:
         """Final hidden states [B, T, D] of a prompt; what stands at padding means nothing. expert: int [B], CPU."""
         positions = torch.arange(prompt.real.shape[1], device=prompt.real.device).expand(prompt.real.shape)
-        mask = prompt_mask(prompt.real, 0)
-        return self.decoder(prompt.embeddings, positions, mask, expert, cache=cache, details=prompt.details)
+        # Padding is on the right, so that a causal mask hides it from all that is real.
+        return self.decoder(prompt.embeddings, positions, "causal", expert, cache=cache, details=prompt.details)
 
     def prefill(self, prompt: Prompt, expert: Tensor, room: int) -> tuple[Tensor, DecodeState]:
         """Next-token logits [B, V] and the state to go on with, for `room` more tokens."""
@@ -159,14 +160,4 @@ class LlavaVLM(nn.Module):
         A row that has ended goes on as `end`.
         """
         logits, state = self.prefill(prompt, expert, steps)
-        ids, seen = [logits.argmax(-1)], [logits]
-        ended = torch.zeros_like(ids[0], dtype=torch.bool) if end is None else ids[0] == end
-        while len(ids) < steps and not ended.all():
-            logits = self.step(ids[-1], state)
-            token = logits.argmax(-1)
-            if end is not None:
-                token = torch.where(ended, end, token)
-                ended = ended | (token == end)
-            ids.append(token)
-            seen.append(logits)
-        return torch.stack(ids, 1), torch.stack(seen, 1)
+        return follow(self.step, logits, state, steps, end)

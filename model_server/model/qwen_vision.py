@@ -13,24 +13,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model_server.model.attention import attend, rotate
+from model_server.model.attention import Runs, attend_packed, rotate
 from model_server.model.config import QwenVisionConfig
 
 Grid = tuple[int, int]  # rows and columns of patches
 _ROPE_BASE = 10000.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Groups:
-    """Patches that attend to each other: `places` int [G, L] into the patches, `real` bool [G, L], False at padding."""
+    """Patches that attend to each other: `order` int [N] puts them group by group, `back` int [N] as they were."""
 
-    places: Tensor
-    real: Tensor
+    order: Tensor
+    back: Tensor
+    runs: Runs
 
     @classmethod
     def of(cls, groups: Sequence[Tensor], device: torch.device) -> Groups:
-        places = nn.utils.rnn.pad_sequence(list(groups), batch_first=True, padding_value=-1).to(device)
-        return cls(places.clamp(min=0), places >= 0)
+        order = torch.cat(list(groups))
+        return cls(order.to(device), order.argsort().to(device), Runs.of([len(g) for g in groups], device))
 
 
 class Block(nn.Module):
@@ -52,10 +53,9 @@ class Block(nn.Module):
         n, w = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(n, 3, self.heads, -1).permute(1, 2, 0, 3)  # each [heads, N, d]
         q, k = rotate(q[None], *rope)[0], rotate(k[None], *rope)[0]
-        q, k, v = (y[:, groups.places].transpose(0, 1) for y in (q, k, v))  # [G, heads, L, d]
-        seen = attend(q, k, v, groups.real[:, None, None, :])
-        y = seen.transpose(1, 2)[groups.real].view(-1, w)  # [N, W], in the order of the groups
-        x = x.index_add(0, groups.places[groups.real], self.out(y))
+        q, k, v = (y.transpose(0, 1)[groups.order] for y in (q, k, v))  # [N, heads, d], in the order of the groups
+        y = attend_packed(q, k, v, groups.runs)[groups.back].reshape(n, w)
+        x = x + self.out(y)
         z = self.norm2(x)
         return x + self.down(F.silu(self.gate(z)) * self.up(z))
 

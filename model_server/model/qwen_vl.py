@@ -16,10 +16,11 @@ from torch.nn import functional as F
 from model_server.model.attention import KVCache
 from model_server.model.config import QwenVLConfig
 from model_server.model.decoder import Decoder
+from model_server.model.greedy import follow
 from model_server.model.llava import PlaceholderMismatch
 from model_server.model.modulation import Anchors, TokenModulation
 from model_server.model.qwen_vision import Grid, QwenVision
-from model_server.model.rsvlm import DecodeState, prompt_mask
+from model_server.model.rsvlm import DecodeState
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ class QwenVLM(nn.Module):
     def forward(self, prompt: QwenPrompt, cache: KVCache | None = None) -> Tensor:
         """Final hidden states [B, T, D] of a prompt; what stands at padding means nothing."""
         expert = torch.zeros(len(prompt.real), dtype=torch.long)
-        return self.decoder(prompt.embeddings, prompt.positions, prompt_mask(prompt.real, 0), expert, cache=cache)
+        # Padding is on the right, so that a causal mask hides it from all that is real.
+        return self.decoder(prompt.embeddings, prompt.positions, "causal", expert, cache=cache)
 
     def prefill(self, prompt: QwenPrompt, room: int) -> tuple[Tensor, DecodeState]:
         """Next-token logits [B, V] and the state to go on with, for `room` more tokens."""
@@ -124,14 +126,4 @@ class QwenVLM(nn.Module):
         A row that has ended goes on as `end`.
         """
         logits, state = self.prefill(prompt, steps)
-        ids, seen = [logits.argmax(-1)], [logits]
-        ended = torch.zeros_like(ids[0], dtype=torch.bool) if end is None else ids[0] == end
-        while len(ids) < steps and not ended.all():
-            logits = self.step(ids[-1], state)
-            token = logits.argmax(-1)
-            if end is not None:
-                token = torch.where(ended, end, token)
-                ended = ended | (token == end)
-            ids.append(token)
-            seen.append(logits)
-        return torch.stack(ids, 1), torch.stack(seen, 1)
+        return follow(self.step, logits, state, steps, end)
