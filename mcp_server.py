@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import inspect
 import logging
 import time
@@ -20,16 +21,28 @@ from typing import Annotated, Any, Literal
 
 from mcp.server import MCPServer
 from mcp.server.mcpserver import Context
-from mcp.server.mcpserver.exceptions import ToolError, UnexpectedToolError
+from mcp.server.mcpserver.exceptions import ResourceNotFoundError, ToolError, UnexpectedToolError
 from mcp.server.mcpserver.tools import Tool
-from mcp.types import CallToolResult, TextContent, ToolAnnotations
+from mcp.types import CallToolResult, ContentBlock, ImageContent, ResourceLink, TextContent, ToolAnnotations
 from pydantic import Field, ValidationError
 
 from rs_tools.client import ModelClient
-from rs_tools.errors import AccessError, PerceptionError
+from rs_tools.errors import AccessError, ArtifactError, PerceptionError
 from rs_tools.imagery.access import AccessPolicy
 from rs_tools.looking import Progress
-from rs_tools.results import CaptionResult, ClassifyResult, InspectResult, ListResult, Result, VqaResult
+from rs_tools.results import (
+    MIME_TYPES,
+    SCHEME,
+    CaptionResult,
+    ClassifyResult,
+    DetectChangeResult,
+    GroundResult,
+    InspectResult,
+    ListResult,
+    Result,
+    SegmentResult,
+    VqaResult,
+)
 from rs_tools.summary import summarize
 from rs_tools.tools import DEADLINE_S, Tools
 
@@ -38,7 +51,10 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 INSTRUCTIONS = """\
 Perception of satellite and aerial images. Start with list_images (what can be read) or inspect_image (size, bands, \
-place, metres per pixel); then caption, vqa and classify say what an image, or a region of it, shows.
+place, metres per pixel); then caption, vqa and classify say what an image, or a region of it, shows, ground finds \
+things as boxes, segment outlines kinds of ground cover, and detect_change compares two images of one place.
+A box can be given as it is as a `region`: after ground, caption or vqa with a box looks closer at what was found. \
+Masks and outlines are files, linked from the answer; their figures are in the answer itself.
 Regions are [x1, y1, x2, y2] in pixels of the full-resolution image, from its top-left corner; empty means the whole. \
 Narrow the region to look closer: a small region is seen at full resolution, and is answered sooner.
 Confidences are calibrated. An answer with abstained=true is a guess that should not be relied on. Read the warnings. \
@@ -54,7 +70,7 @@ Image = Annotated[
     ),
 ]
 Region = Annotated[
-    list[int],
+    list[float],
     Field(
         description="[x1, y1, x2, y2] in pixels of the full-resolution image, from its top-left corner, x2 and y2 "
         "exclusive; leave empty for the whole image"
@@ -67,6 +83,7 @@ Bands = Annotated[
         "by the file's own description of its bands"
     ),
 ]
+Preview = Annotated[bool, Field(description="Also return a small picture of the answer over the image")]
 ToolContext = Context[Tools, Any]
 EMPTY: list[Any] = []  # never changed: pydantic copies it for each call
 
@@ -117,6 +134,66 @@ async def vqa(
     return await _answer(ctx, lambda progress: _tools(ctx).vqa(image, question, region, bands, progress))
 
 
+async def ground(
+    ctx: ToolContext,
+    image: Image,
+    query: Annotated[str, Field(description="What to find: one kind of thing in a few words, such as 'ship' or 'car'")],
+    region: Region = EMPTY,
+    max_objects: Annotated[
+        int, Field(description="How many to list, best first; count and the linked file tell of all")
+    ] = 100,
+    min_score: Annotated[
+        float, Field(description="Least score, 0 to 1, of an object; 0 leaves it to the model's own threshold")
+    ] = 0.0,
+    bands: Bands = EMPTY,
+    preview: Preview = False,
+) -> Annotated[CallToolResult, GroundResult]:
+    """Find every instance of a thing in an image or a region of it: boxes in pixels, their places on Earth, calibrated
+    scores and a count, and all of them as GeoJSON. For things with bounds (ships, cars, buildings, trees, aircraft);
+    for water, forest or roads use segment. Says so when nothing is found or when the model does not know the phrase.
+    Large images are searched tile by tile, which can take minutes."""
+    return await _answer(
+        ctx,
+        lambda progress: _tools(ctx).ground(image, query, region, max_objects, min_score, bands, preview, progress),
+    )
+
+
+async def segment(
+    ctx: ToolContext,
+    image: Image,
+    classes: Annotated[
+        list[str], Field(description="1 to 16 kinds of cover to tell apart, such as ['water', 'forest', 'road']")
+    ],
+    region: Region = EMPTY,
+    bands: Bands = EMPTY,
+    preview: Preview = False,
+) -> Annotated[CallToolResult, SegmentResult]:
+    """Give each pixel of an image or a region of it one of the classes, or none: pixels, share and area in square
+    metres of each class, the mask as a GeoTIFF and its outlines as GeoJSON. For ground cover (water, flood, road,
+    forest, oil slick on radar). Warns about classes that the model does not know. Large images take minutes."""
+    return await _answer(ctx, lambda progress: _tools(ctx).segment(image, classes, region, bands, preview, progress))
+
+
+async def detect_change(
+    ctx: ToolContext,
+    before: Annotated[str, Field(description="Path of the earlier image; all pixels of the answer are of this one")],
+    after: Annotated[
+        str, Field(description="Path of the later image, of the same place and kind; it is laid on the earlier's grid")
+    ],
+    query: Annotated[str, Field(description="Kind of change asked for; empty for any")] = "",
+    region: Region = EMPTY,
+    bands: Bands = EMPTY,
+    preview: Preview = False,
+) -> Annotated[CallToolResult, DetectChangeResult]:
+    """What changed between two images of one place: whether, where (regions with outlines and scores), how much (share
+    and square metres), a caption, the mask as a GeoTIFF and outlines as GeoJSON, and how much of the two overlaps. The
+    images may differ in size, grid and projection. Use ground or vqa on a changed region to learn what is there."""
+    return await _answer(
+        ctx,
+        lambda progress: _tools(ctx).detect_change(before, after, query, region, bands, preview, progress),
+    )
+
+
 async def classify(
     ctx: ToolContext,
     image: Image,
@@ -140,6 +217,9 @@ TITLES = {
     list_images: "List readable images",
     caption: "Describe an image",
     vqa: "Answer a question about an image",
+    ground: "Find objects",
+    segment: "Map ground cover",
+    detect_change: "Compare two images",
     classify: "Classify the scene",
 }
 
@@ -180,6 +260,7 @@ def build_server(
     token: str | None = None,
     weights: str | None = None,
     deadline_s: float = DEADLINE_S,
+    artifacts: str | None = None,
 ) -> MCPServer[Tools]:
     """The server with its tools; nothing is opened or started before its lifespan begins.
 
@@ -189,13 +270,14 @@ def build_server(
         token: bearer token for that server.
         weights: checkpoint folder for a local model server; None is the embedded model.
         deadline_s: the time for one call.
+        artifacts: folder of its own for the files of answers; None: in this user's cache.
     """
 
     @asynccontextmanager
     async def lifespan(_: MCPServer[Tools]) -> AsyncIterator[Tools]:
         client = ModelClient(url, token, weights)
         try:
-            yield Tools(policy, client, deadline_s)
+            yield Tools(policy, client, deadline_s, artifacts)
         finally:
             await client.aclose()
 
@@ -205,7 +287,7 @@ def build_server(
         tool = AgentTool.from_function(function, title=title, description=description, annotations=READ_ONLY)
         tool.parameters["additionalProperties"] = False
         tools.append(tool)
-    return MCPServer[Tools](
+    server = MCPServer[Tools](
         "rs-perception",
         title="Remote-sensing perception",
         instructions=INSTRUCTIONS,
@@ -213,6 +295,28 @@ def build_server(
         tools=tools,
         lifespan=lifespan,
     )
+    for suffix, mime_type in MIME_TYPES.items():
+        server.resource(
+            f"{SCHEME}://{{name}}{suffix}",
+            name=f"artifact{suffix}",
+            title=f"File of an answer ({suffix[1:]})",
+            description="A file that an answer links to",
+            mime_type=mime_type,
+        )(_reader(suffix, mime_type))
+    return server
+
+
+def _reader(suffix: str, mime_type: str) -> Callable[[str, ToolContext], Awaitable[str | bytes]]:
+    """Reads artifacts of one kind; a file of text as text."""
+
+    async def read(name: str, ctx: ToolContext) -> str | bytes:
+        try:
+            content = await _tools(ctx).read_artifact(f"{SCHEME}://{name}{suffix}")
+        except ArtifactError as error:
+            raise ResourceNotFoundError(str(error)) from error
+        return content.decode() if mime_type.endswith("json") else content
+
+    return read
 
 
 def _tools(ctx: ToolContext) -> Tools:
@@ -227,9 +331,26 @@ async def _answer(ctx: ToolContext, ask: Callable[[Progress], Awaitable[Result]]
         result = await ask(progress)
     finally:
         ticker.cancel()
+    content: list[ContentBlock] = [TextContent(type="text", text=summarize(result))]
     return CallToolResult(
-        content=[TextContent(type="text", text=summarize(result))], structured_content=result.model_dump(mode="json")
+        content=[*content, *await asyncio.to_thread(_files, result)], structured_content=result.model_dump(mode="json")
     )
+
+
+def _files(result: Result) -> list[ContentBlock]:
+    """A link to each file of an answer, and its picture as an image: a link to one cannot be shown by most clients."""
+    blocks: list[ContentBlock] = []
+    for file in result.artifacts:
+        path = Path(file.path)
+        if file.kind == "preview":
+            picture = base64.b64encode(path.read_bytes()).decode()
+            blocks.append(ImageContent(type="image", data=picture, mime_type=file.mime_type))
+        else:
+            link = ResourceLink(
+                type="resource_link", uri=file.uri, name=file.name, mime_type=file.mime_type, size=path.stat().st_size
+            )
+            blocks.append(link)
+    return blocks
 
 
 class _Progress:
@@ -265,7 +386,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")  # to stderr
     logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request
-    server = build_server(options.policy, options.model_url, options.token, options.weights, options.deadline)
+    server = build_server(
+        options.policy, options.model_url, options.token, options.weights, options.deadline, options.artifacts
+    )
     if options.http:
         server.run("streamable-http", host=options.host, port=options.port)
     else:
@@ -303,6 +426,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="SECONDS",
         help="time for one call; then it ends with what was found (default %(default)g)",
     )
+    parser.add_argument(
+        "--artifacts",
+        metavar="DIR",
+        help="folder of its own for masks, outlines and previews, kept for a day (default: in your cache)",
+    )
     parser.add_argument("--version", action="version", version=f"rs-perception {version('rs-perception')}")
     options = parser.parse_args(argv)
     try:
@@ -318,6 +446,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--token-file is for --model-url, which is not given")
     if options.model_url is not None and options.weights is not None:
         parser.error("--weights is for a local model server; the one at --model-url has its own")
+    if options.artifacts is not None:
+        try:
+            Path(options.artifacts).expanduser().mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--artifacts cannot be made: {error}")
     options.token = None
     if options.token_file is not None:
         try:

@@ -5,6 +5,8 @@
     scene = rs_tools.open("harbour.tif")
     print(scene.caption().caption)
     print((await scene.avqa("Is there a ship?")).answer)
+    for ship in scene.ground("ship").objects:
+        print(ship.score, ship.polygon_lonlat)
 
 Each method of an `Image` has an async twin with an `a` before its name.
 """
@@ -13,14 +15,22 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:  # importing rs_tools stays cheap; rasterio and httpx come with the first image
-    from rs_tools.results import CaptionResult, ClassifyResult, InspectResult, VqaResult
+    from rs_tools.results import (
+        CaptionResult,
+        ClassifyResult,
+        DetectChangeResult,
+        GroundResult,
+        InspectResult,
+        SegmentResult,
+        VqaResult,
+    )
     from rs_tools.tools import Tools
 
 __all__ = ["Image", "open"]
@@ -28,7 +38,13 @@ __all__ = ["Image", "open"]
 _Answer = TypeVar("_Answer")
 
 
-def open(path: str | Path, bands: Sequence[int] = (), server: str | None = None, token: str | None = None) -> Image:
+def open(
+    path: str | Path,
+    bands: Sequence[int] = (),
+    server: str | None = None,
+    token: str | None = None,
+    artifacts: str | Path | None = None,
+) -> Image:
     """An image to ask about.
 
     Args:
@@ -36,6 +52,7 @@ def open(path: str | Path, bands: Sequence[int] = (), server: str | None = None,
         bands: one (grey) or three (red, green, blue) band numbers; empty lets the file decide.
         server: URL of a model server; None finds or starts the local one.
         token: bearer token of `server`.
+        artifacts: folder of its own for masks, outlines and previews; None is one in the user's cache.
 
     Raises:
         AccessError: the file's folder does not exist. A missing or damaged file is reported by the first question.
@@ -43,15 +60,20 @@ def open(path: str | Path, bands: Sequence[int] = (), server: str | None = None,
     from rs_tools.imagery.access import AccessPolicy
     from rs_tools.tools import Tools
 
+    def tools(*paths: Path) -> Tools:
+        policy = AccessPolicy(sorted({path.parent for path in paths}))
+        return Tools(policy, _client(server, token), artifacts=artifacts)
+
     real = Path(path).expanduser().resolve()
-    return Image(Tools(AccessPolicy([real.parent]), _client(server, token)), str(real), tuple(bands))
+    return Image(tools, real, tuple(bands))
 
 
 class Image:
     """One image and the questions it answers; `rs_tools.tools.Tools` says what they return and raise."""
 
-    def __init__(self, tools: Tools, path: str, bands: tuple[int, ...]) -> None:
-        self._tools, self._path, self._bands = tools, path, bands
+    def __init__(self, tools: Callable[..., Tools], path: Path, bands: tuple[int, ...]) -> None:
+        self._make_tools, self._file = tools, path
+        self._tools, self._path, self._bands = tools(path), str(path), bands
 
     def inspect(self) -> InspectResult:
         """Size, bands, georeference and kind of the image."""
@@ -82,6 +104,61 @@ class Image:
         self, labels: Sequence[str] = (), top_k: int = 5, region: Sequence[float] = ()
     ) -> ClassifyResult:
         return await asyncio.wrap_future(_submit(self._tools.classify(self._path, labels, top_k, region, self._bands)))
+
+    def ground(
+        self,
+        query: str,
+        region: Sequence[float] = (),
+        max_objects: int = 100,
+        min_score: float = 0.0,
+        preview: bool = False,
+    ) -> GroundResult:
+        """Boxes of everything that `query` names, in pixels and on Earth."""
+        return _submit(self._ground(query, region, max_objects, min_score, preview)).result()
+
+    async def aground(
+        self,
+        query: str,
+        region: Sequence[float] = (),
+        max_objects: int = 100,
+        min_score: float = 0.0,
+        preview: bool = False,
+    ) -> GroundResult:
+        return await asyncio.wrap_future(_submit(self._ground(query, region, max_objects, min_score, preview)))
+
+    def segment(self, classes: Sequence[str], region: Sequence[float] = (), preview: bool = False) -> SegmentResult:
+        """Which pixels are of which class: figures, a mask and its outlines."""
+        return _submit(self._tools.segment(self._path, classes, region, self._bands, preview)).result()
+
+    async def asegment(
+        self, classes: Sequence[str], region: Sequence[float] = (), preview: bool = False
+    ) -> SegmentResult:
+        return await asyncio.wrap_future(
+            _submit(self._tools.segment(self._path, classes, region, self._bands, preview))
+        )
+
+    def detect_change(
+        self, after: str | Path, query: str = "", region: Sequence[float] = (), preview: bool = False
+    ) -> DetectChangeResult:
+        """What changed from this image to the later one at `after`; all in pixels of this image."""
+        return _submit(self._change(after, query, region, preview)).result()
+
+    async def adetect_change(
+        self, after: str | Path, query: str = "", region: Sequence[float] = (), preview: bool = False
+    ) -> DetectChangeResult:
+        return await asyncio.wrap_future(_submit(self._change(after, query, region, preview)))
+
+    def _ground(
+        self, query: str, region: Sequence[float], max_objects: int, min_score: float, preview: bool
+    ) -> Coroutine[Any, Any, GroundResult]:
+        return self._tools.ground(self._path, query, region, max_objects, min_score, self._bands, preview)
+
+    def _change(
+        self, after: str | Path, query: str, region: Sequence[float], preview: bool
+    ) -> Coroutine[Any, Any, DetectChangeResult]:
+        later = Path(after).expanduser().resolve()
+        both = self._make_tools(self._file, later)  # the later image may lie in another folder
+        return both.detect_change(self._path, str(later), query, region, self._bands, preview)
 
 
 def _submit(work: Coroutine[Any, Any, _Answer]) -> Future[_Answer]:

@@ -37,22 +37,14 @@ from rasterio.shutil import copy
 from rs_tools.errors import ArtifactError
 from rs_tools.geometry.blending import NODATA
 from rs_tools.preview import class_color
-from rs_tools.results import Artifact, Provenance
+from rs_tools.results import MIME_TYPES, SCHEME, Artifact, Provenance
 
-SCHEME = "rs-artifact"
 LIFETIME_S = 24 * 3600.0
 MAX_BYTES = 5 * 2**30
 MAX_READ = 32 * 2**20  # of a file that is handed over as a whole; larger ones are opened where they lie
 PIXEL_SPACE = "image pixels: x right, y down, from the top-left corner; not longitude and latitude"
 
 _Kind = Literal["mask", "vectors", "preview"]
-MIME_TYPES = {
-    ".tif": "application/x-geotiff",
-    ".geojson": "application/geo+json",
-    ".pixels.json": "application/json",
-    ".parquet": "application/vnd.apache.parquet",
-    ".png": "image/png",
-}
 _NAME = re.compile(r"(mask|vectors|preview)-[0-9a-f]{32}(\.tif|\.geojson|\.pixels\.json|\.parquet|\.png)")
 _SIDECAR = ".aux.xml"
 _WRITING = ".writing-"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,7 +20,7 @@ from rich.table import Column, Table
 
 from rs_tools import looking
 from rs_tools.client import ModelClient
-from rs_tools.errors import PerceptionError
+from rs_tools.errors import ArtifactError, PerceptionError
 from rs_tools.imagery.access import AccessPolicy
 from rs_tools.results import ClassifyResult, InspectResult, ListResult, Result
 from rs_tools.summary import summarize
@@ -27,7 +29,8 @@ from rs_tools.tools import Tools
 EXIT_REFUSED = 1  # the image, the region or the question cannot be answered; typer exits with 2 on wrong usage
 
 app = typer.Typer(
-    help="Look at satellite and aerial images: inspect, list, caption, vqa, classify.\n\n"
+    help="Look at satellite and aerial images: inspect, list, caption, vqa, classify, ground, segment, detect-change."
+    "\n\n"
     "The first question starts a model server for this user, which stays ready for a while.",
     epilog="Exit status: 0 answered, 1 the image or question was refused (the reason is on stderr), 2 wrong usage.",
     no_args_is_help=True,
@@ -47,6 +50,13 @@ Bands = Annotated[
         "--band", metavar="N", help="Band to show, from 1: once for grey, or for red, green and blue in turn."
     ),
 ]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Put the files there, named after the image; else they are kept a day in your cache."
+    ),
+]
+Preview = Annotated[bool, typer.Option("--preview", help="Also make a picture of the answer.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the whole result as JSON.")]
 
 
@@ -119,6 +129,72 @@ def classify(
     )
 
 
+@app.command(epilog="Example: rs-tools ground harbour.tif ship --out found")
+def ground(
+    image: Image,
+    query: Annotated[str, typer.Argument(help="What to find, such as ship.", show_default=False)],
+    region: Region = None,
+    max_objects: Annotated[int, typer.Option(help="How many to list; the file holds all.")] = 100,
+    min_score: Annotated[float, typer.Option(help="Least score; 0 is the model's own threshold.")] = 0.0,
+    band: Bands = None,
+    preview: Preview = False,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find every QUERY in IMAGE: boxes, places and scores."""
+    _run(
+        image.parent,
+        lambda tools, progress: tools.ground(
+            _name(image), query, _pixels(region), max_objects, min_score, band or [], preview, progress
+        ),
+        as_json,
+        _Kept(out, f"{image.stem}-ground"),
+    )
+
+
+@app.command(epilog="Example: rs-tools segment scene.tif --class water --class forest --out maps")
+def segment(
+    image: Image,
+    classes: Annotated[list[str], typer.Option("--class", help="A kind of cover; repeat it.", show_default=False)],
+    region: Region = None,
+    band: Bands = None,
+    preview: Preview = False,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Map which pixels of IMAGE are of which class."""
+    _run(
+        image.parent,
+        lambda tools, progress: tools.segment(
+            _name(image), classes, _pixels(region), band or [], preview, progress
+        ),
+        as_json,
+        _Kept(out, f"{image.stem}-segment"),
+    )
+
+
+@app.command("detect-change", epilog="Example: rs-tools detect-change city_2019.tif city_2024.tif --out changes")
+def detect_change(
+    before: Annotated[Path, typer.Argument(help="The earlier image.", show_default=False)],
+    after: Annotated[Path, typer.Argument(help="The later image of the same place.", show_default=False)],
+    query: Annotated[str, typer.Option(help="Kind of change asked for; any without it.")] = "",
+    region: Region = None,
+    band: Bands = None,
+    preview: Preview = False,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """What changed from BEFORE to AFTER, in pixels of BEFORE."""
+    _run(
+        [before.parent, after.parent],
+        lambda tools, progress: tools.detect_change(
+            _name(before), _name(after), query, _pixels(region), band or [], preview, progress
+        ),
+        as_json,
+        _Kept(out, f"{before.stem}-{after.stem}-change"),
+    )
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
     epilog="Example: rs-tools serve --help",
@@ -140,10 +216,36 @@ def _pixels(region: tuple[int, int, int, int] | None) -> list[int]:
 _Ask = Callable[[Tools, looking.Progress], Awaitable[Result]]
 
 
-def _run(folder: Path, ask: _Ask, as_json: bool) -> None:
-    """Ask with `folder` as the one allowed root: whoever names a file at a terminal may read it."""
+@dataclass(frozen=True)
+class _Kept:
+    """Where a caller wants the files of an answer, and what their names begin with."""
+
+    folder: Path | None = None
+    stem: str = ""
+
+    def keep(self, result: Result) -> None:
+        """Copy the files; raises ArtifactError where that fails."""
+        if self.folder is None:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for file in result.artifacts:
+                target = self.folder / f"{self.stem}{file.name[file.name.index('.') :]}"
+                for suffix in ("", ".aux.xml"):  # class names that a GeoTIFF cannot hold
+                    if Path(file.path + suffix).exists():
+                        shutil.copyfile(file.path + suffix, f"{target}{suffix}")
+                file.path = str(target)
+        except OSError as error:
+            raise ArtifactError(f"The files cannot be put into {self.folder}: {error.strerror}.") from error
+
+
+def _run(folder: Path | list[Path], ask: _Ask, as_json: bool, kept: _Kept | None = None) -> None:
+    """Ask with these folders as the allowed roots: whoever names a file at a terminal may read it."""
+    folders = folder if isinstance(folder, list) else [folder]
     try:
-        result = asyncio.run(_asked(AccessPolicy([folder.absolute()]), ask))
+        result = asyncio.run(_asked(AccessPolicy([one.absolute() for one in folders]), ask))
+        if kept is not None:
+            kept.keep(result)
     except PerceptionError as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         raise typer.Exit(EXIT_REFUSED) from error
@@ -184,6 +286,8 @@ def _show(result: Result) -> None:
             console.print(f"[yellow]Warning:[/] {escape(warning)}", highlight=False)
     else:
         console.print(escape(summarize(result)), highlight=False)
+    for file in result.artifacts:
+        console.print(f"[bold]{file.kind}[/] {escape(file.path)}", highlight=False)
 
 
 def _table(result: InspectResult | ListResult | ClassifyResult) -> Table:

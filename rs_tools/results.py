@@ -16,6 +16,15 @@ from model_server.protocol import AnswerKind
 
 Modality = Literal["optical", "multispectral", "sar", "elevation", "classified", "grayscale", "unknown"]
 
+SCHEME = "rs-artifact"  # of the URIs of files that belong to answers
+MIME_TYPES = {
+    ".tif": "application/x-geotiff",
+    ".geojson": "application/geo+json",
+    ".pixels.json": "application/json",
+    ".parquet": "application/vnd.apache.parquet",
+    ".png": "image/png",
+}
+
 
 class Model(BaseModel):
     """A closed model whose schema is written out in place."""

@@ -27,6 +27,14 @@ from rs_tools.imagery.scene import Pixels, Scene
 REPOSITORY = Path(__file__).parents[2]
 BUNDLED = REPOSITORY / "examples" / "data"
 DATA = Path(os.environ.get("RS_DATA", REPOSITORY.parent / "shared" / "data"))
+TASK_TOKENS = {
+    "caption": "[CAP]",
+    "vqa": "[VQA]",
+    "classify": "[CLS]",
+    "ground": "[VG]",
+    "segment": "[SEG]",
+    "detect_change": "[CCD]",
+}
 UTM = Affine(10, 0, 400_000, 0, -10, 5_000_000)
 
 
@@ -104,7 +112,7 @@ def scripted_answer(request: PerceiveRequest, tiles: int) -> PerceiveResponse:
         model=ModelInfo(
             model="scripted", weights_digest="sha256:0", attention_backend="math", precision="float32", device="cpu"
         ),
-        task_token={"caption": "[CAP]", "vqa": "[VQA]", "classify": "[CLS]"}[request.task],
+        task_token=TASK_TOKENS[request.task],
         expert="image",
         warnings=["the model has something to say"],
         elapsed_s=0.01,
