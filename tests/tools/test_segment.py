@@ -1,0 +1,307 @@
+"""`segment` on real rasters with planted ground: exact to the pixel across tiles, measured on Earth, flat in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+from planted import BLUE, BROWN, COLORS, NOT_KNOWN, PlantedModel, painted
+from pyproj import Geod
+from rasterio.features import rasterize
+from rasterio.warp import transform_geom
+from rasters import REPOSITORY, UTM, ScriptedClient, write
+
+from model_server.protocol import PerceiveRequest, PerceiveResponse
+from rs_tools.errors import DeadlinePassed, InputError, ServerBusy, ServerError
+from rs_tools.imagery.access import AccessPolicy
+from rs_tools.looking import Progress
+from rs_tools.results import SegmentResult
+from rs_tools.summary import headline
+from rs_tools.tools import Tools
+
+HEIGHT, WIDTH = 1100, 1300
+LAKES = [((200, 300, 900, 800), BLUE), ((1290, 0, 1300, 1100), BLUE), ((500, 500, 560, 540), BROWN)]
+PLACED: dict[str, Any] = {"photometric": "RGB", "crs": "EPSG:32633", "transform": UTM}
+
+
+@pytest.fixture
+def model() -> PlantedModel:
+    return PlantedModel()
+
+
+@pytest.fixture
+def tools(tmp_path: Path, model: PlantedModel) -> Tools:
+    """Tools over `lake.tif`: a lake over many tiles with an island of soil, a canal at the rim; 10 m pixels."""
+    (tmp_path / "images").mkdir()
+    write(tmp_path / "images" / "lake.tif", painted(HEIGHT, WIDTH, *LAKES), **PLACED)
+    return over(tmp_path, model)
+
+
+def over(folder: Path, model: ScriptedClient, deadline_s: float = 900) -> Tools:
+    return Tools(AccessPolicy([folder / "images"]), model, deadline_s, folder / "artifacts")
+
+
+def truth() -> np.ndarray:
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    for (x1, y1, x2, y2), color in LAKES:
+        mask[y1:y2, x1:x2] = 1 if color == BLUE else 2
+    return mask
+
+
+def values(result: SegmentResult) -> np.ndarray:
+    with rasterio.open(result.artifacts[0].path) as file:
+        return file.read(1)
+
+
+async def test_a_mask_over_many_tiles_is_exact_to_the_pixel_and_so_are_its_figures(
+    tools: Tools, model: PlantedModel
+) -> None:
+    found = await tools.segment("lake.tif", ["water", " soil ", "water"])
+    np.testing.assert_array_equal(values(found), truth())
+    assert len(model.tiles) > 4
+    assert [(one.label, one.value) for one in found.classes] == [("water", 1), ("soil", 2)]
+    for one in found.classes:
+        assert one.pixels == (truth() == one.value).sum()
+        assert one.share == pytest.approx(one.pixels / truth().size)
+    assert model.requests[0].labels == ["water", "soil"]
+    assert [one.kind for one in found.artifacts] == ["mask", "vectors"]
+    assert found.artifacts[0].mime_type == "application/x-geotiff"
+
+
+async def test_areas_are_geodesic_and_outlines_cover_what_the_mask_covers(tools: Tools) -> None:
+    found = await tools.segment("lake.tif", ["water", "soil"])
+    mask, vectors = found.artifacts
+    features = json.loads(Path(vectors.path).read_text())["features"]
+    assert sorted((one["properties"]["label"], one["properties"]["pixels"]) for one in features) == [
+        ("soil", 2400), ("water", 11_000), ("water", 347_600)
+    ]  # fmt: skip
+    assert {one["properties"]["score"] for one in features} == {round(230 / 255, 4)}
+    with rasterio.open(mask.path) as file:
+        assert (file.crs.to_epsg(), file.transform, file.nodata) == (32633, UTM, 255)
+        for feature in features:
+            back = transform_geom("EPSG:4326", file.crs, feature["geometry"])
+            drawn = rasterize([back], (HEIGHT, WIDTH), transform=file.transform)
+            assert np.array_equal(drawn == 1, (truth() == feature["properties"]["value"]) & (drawn == 1))
+            assert drawn.sum() == feature["properties"]["pixels"]
+    soil = next(one for one in features if one["properties"]["label"] == "soil")
+    lon, lat = np.array(soil["geometry"]["coordinates"][0]).T
+    area = abs(Geod(ellps="WGS84").polygon_area_perimeter(lon, lat)[0])
+    assert soil["properties"]["area_m2"] == pytest.approx(area, rel=1e-4)
+    assert found.classes[1].area_m2 == pytest.approx(area, rel=1e-3)
+    assert area == pytest.approx(2400 * 100, rel=0.01)
+
+
+async def test_a_regions_mask_lies_where_the_region_lies(tools: Tools) -> None:
+    found = await tools.segment("lake.tif", ["water"], [150, 250, 450, 400])
+    np.testing.assert_array_equal(values(found), truth()[250:400, 150:450])
+    with rasterio.open(found.artifacts[0].path) as file:
+        assert file.transform * (0, 0) == UTM * (150, 250)
+    [feature] = json.loads(Path(found.artifacts[1].path).read_text())["features"]
+    assert feature["properties"]["pixels"] == 250 * 100
+
+
+async def test_missing_pixels_are_nodata_in_the_mask_and_count_in_no_share(tmp_path: Path, model: PlantedModel) -> None:
+    (tmp_path / "images").mkdir()
+    image = painted(900, 1000, ((0, 0, 1000, 450), BLUE))
+    image[:, :, 300:] = 0  # so that whole tiles hold nothing
+    write(tmp_path / "images" / "a.tif", image, nodata=0, **PLACED)
+    found = await over(tmp_path, model).segment("a.tif", ["water"])
+    mask = values(found)
+    assert (mask[:, 300:] == 255).all()
+    assert (mask[:450, :300] == 1).all()
+    assert (mask[450:, :300] == 0).all()
+    assert found.classes[0].share == pytest.approx(0.5)
+    assert any("of the region holds data" in warning for warning in found.warnings)
+
+
+async def test_of_two_classes_the_one_further_above_its_threshold_wins(
+    tmp_path: Path, tools: Tools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(COLORS, "lake", BLUE)
+    both = over(tmp_path, PlantedModel(thresholds={"water": 0.8, "lake": 0.3}))
+    found = await both.segment("lake.tif", ["water", "lake"], [300, 300, 400, 400])
+    assert [one.pixels for one in found.classes] == [0, 10_000]
+    neither = over(tmp_path, PlantedModel(thresholds={"water": 0.95}))
+    assert (await neither.segment("lake.tif", ["water"], [300, 300, 400, 400])).classes[0].pixels == 0
+
+
+async def test_nothing_found_and_classes_not_known_are_said(tools: Tools) -> None:
+    none = await tools.segment("lake.tif", ["water", "soil"], [0, 0, 100, 100])
+    assert headline(none) == "None of the classes was found."
+    assert "No pixel reaches the threshold of 'water' or 'soil'." in none.warnings
+    assert json.loads(Path(none.artifacts[1].path).read_text())["features"] == []
+    unknown = await tools.segment("lake.tif", ["water", NOT_KNOWN])
+    assert any(f"does not know '{NOT_KNOWN}'" in warning for warning in unknown.warnings)
+
+
+async def test_a_region_without_data_has_no_mask_and_nobody_is_asked(tmp_path: Path, model: PlantedModel) -> None:
+    (tmp_path / "images").mkdir()
+    write(tmp_path / "images" / "a.tif", np.zeros((3, 50, 50), np.uint8), nodata=0, **PLACED)
+    found = await over(tmp_path, model).segment("a.tif", ["water"])
+    assert (found.classes[0].pixels, found.artifacts, model.requests) == (0, [], [])
+    assert any("no data" in warning for warning in found.warnings)
+    await emptied(tmp_path / "artifacts")
+
+
+async def test_without_a_place_there_are_pixels_and_no_areas(tmp_path: Path, model: PlantedModel) -> None:
+    (tmp_path / "images").mkdir()
+    write(tmp_path / "images" / "a.png", painted(90, 120, ((10, 20, 30, 40), BLUE)), driver="PNG")
+    found = await over(tmp_path, model).segment("a.png", ["water"], preview=True)
+    assert (found.classes[0].pixels, found.classes[0].area_m2, found.georeferenced) == (400, None, False)
+    assert [one.mime_type for one in found.artifacts] == ["application/x-geotiff", "application/json", "image/png"]
+    assert Path(found.artifacts[2].path).stat().st_size <= 100_000
+    with rasterio.open(found.artifacts[0].path) as file:
+        assert file.crs is None
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ([], "1 to 16"),
+        ([f"class {i}" for i in range(17)], "1 to 16"),
+        (["water", " "], "1 to 80 characters"),
+        (["x" * 81], "1 to 80 characters"),
+    ],
+)
+async def test_classes_that_cannot_be_asked_for_are_refused_with_the_limit(
+    tools: Tools, model: PlantedModel, classes: list[str], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        await tools.segment("lake.tif", classes)
+    assert model.requests == []
+
+
+async def test_how_much_ground_is_measured_on_a_mask_with_it_as_evidence(tools: Tools) -> None:
+    answer = await tools.vqa("lake.tif", "What is the area covered by water?")
+    mask = await tools.segment("lake.tif", ["water"])
+    assert (answer.answer, answer.kind) == (f"{mask.classes[0].area_m2:.0f}m2", "area")
+    assert answer.confidence == pytest.approx(230 / 255, abs=1e-3)
+    assert [one.kind for one in answer.artifacts] == ["mask", "vectors"]
+    assert answer.evidence[0].artifact == answer.artifacts[0].uri
+
+
+# --- how it is made
+
+
+async def test_progress_is_told_in_looks(tools: Tools, model: PlantedModel) -> None:
+    told: list[tuple[int, int]] = []
+    hear: Progress = lambda done, total, _: told.append((done, total))  # noqa: E731
+    await tools.segment("lake.tif", ["water"], progress=hear)
+    tiles = len(model.tiles)
+    assert told[0] == (0, tiles)
+    assert told[-1] == (tiles, tiles)
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+
+
+class Stuck(PlantedModel):
+    """Answers the first batch and then nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting = asyncio.Event()
+
+    async def perceive(self, request: PerceiveRequest, tiles: list[np.ndarray]) -> PerceiveResponse:
+        if self.tiles:
+            self.waiting.set()
+            await asyncio.Event().wait()
+        return await super().perceive(request, tiles)
+
+
+async def test_a_call_beyond_its_time_ends_with_what_was_found_and_leaves_no_file(tmp_path: Path, tools: Tools) -> None:
+    await tools.inspect_image("lake.tif")
+    with pytest.raises(DeadlinePassed, match=r"The 4 s for one call are over after \d+ of \d+ looks") as late:
+        await over(tmp_path, Stuck(), deadline_s=4).segment("lake.tif", ["water"])
+    assert "smaller region" in str(late.value)
+    await emptied(tmp_path / "artifacts")
+
+
+async def test_a_cancelled_call_leaves_no_file(tmp_path: Path, tools: Tools) -> None:
+    stuck = Stuck()
+    call = asyncio.create_task(over(tmp_path, stuck).segment("lake.tif", ["water"]))
+    await asyncio.wait_for(stuck.waiting.wait(), 60)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await emptied(tmp_path / "artifacts")
+
+
+async def test_a_server_that_gets_busy_on_the_way_is_asked_again(tmp_path: Path, tools: Tools) -> None:
+    class Busy(PlantedModel):
+        refused = False
+
+        async def perceive(self, request: PerceiveRequest, tiles: list[np.ndarray]) -> PerceiveResponse:
+            if self.tiles and not self.refused:
+                self.refused = True
+                raise ServerBusy("try later", 0.01)
+            return await super().perceive(request, tiles)
+
+    busy = Busy()
+    found = await over(tmp_path, busy).segment("lake.tif", ["water", "soil"])
+    assert busy.refused
+    np.testing.assert_array_equal(values(found), truth())
+
+
+async def test_maps_of_a_wrong_size_are_an_error_and_leave_no_file(tmp_path: Path, tools: Tools) -> None:
+    class Wrong(PlantedModel):
+        async def perceive(self, request: PerceiveRequest, tiles: list[np.ndarray]) -> PerceiveResponse:
+            response = await super().perceive(request, tiles)
+            for one in response.masks:
+                one.probabilities = one.probabilities[:, 1:]
+            return response
+
+    with pytest.raises(ServerError, match="do not fit"):
+        await over(tmp_path, Wrong()).segment("lake.tif", ["water"])
+    await emptied(tmp_path / "artifacts")
+
+
+def test_a_tall_scene_is_painted_with_little_memory(tmp_path: Path) -> None:
+    """9 million pixels of twelve classes are 430 MB as the numbers that a blend in one piece would hold."""
+    (tmp_path / "images").mkdir()
+    height, width = 12_000, 750
+    profile = PLACED | {"driver": "GTiff", "dtype": "uint8", "count": 3, "width": width, "height": height}
+    with rasterio.open(tmp_path / "images" / "tall.tif", "w", tiled=True, compress="deflate", **profile) as file:
+        for top in range(0, height, 1000):
+            rows = painted(1000, width, ((150, 100, 600, 900), BLUE))
+            file.write(rows, window=((top, top + 1000), (0, width)))
+    program = """
+import asyncio, json, resource, sys
+from pathlib import Path
+sys.path.insert(0, "tests/tools")
+from planted import PlantedModel
+from rs_tools.imagery.access import AccessPolicy
+from rs_tools.tools import Tools
+class Forgetful(PlantedModel):
+    async def perceive(self, request, tiles):
+        response = await super().perceive(request, tiles)
+        self.tiles.clear()
+        return response
+folder = Path(sys.argv[1])
+tools = Tools(AccessPolicy([folder / "images"]), Forgetful(), artifacts=folder / "artifacts")
+classes = ["water", "soil", *map(str, range(10))]
+asyncio.run(tools.segment("tall.tif", classes, [0, 0, 750, 1000]))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+found = asyncio.run(tools.segment("tall.tif", classes))
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(json.dumps([grown // 1024, found.classes[0].pixels]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    grown_mib, pixels = json.loads(done.stdout)
+    assert pixels == 12 * 450 * 800
+    assert grown_mib < 200
+
+
+async def emptied(folder: Path) -> None:
+    """Wait until the painter's thread has taken away what it had begun."""
+    async with asyncio.timeout(60):
+        while any(folder.iterdir()):  # noqa: ASYNC110 - a thread
+            await asyncio.sleep(0.01)
