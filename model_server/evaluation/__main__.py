@@ -10,20 +10,34 @@ from pathlib import Path
 
 from rich.console import Console
 
+from model_server.evaluation import scale
 from model_server.evaluation.answering import evaluate_answers
 from model_server.evaluation.asking import Model
 from model_server.evaluation.captioning import evaluate_captions
+from model_server.evaluation.changing import evaluate_change
 from model_server.evaluation.classification import evaluate_classes
+from model_server.evaluation.counting import evaluate_counts
 from model_server.evaluation.dataset import EvaluatedSet, read_set
-from model_server.evaluation.report import markdown, print_tables
+from model_server.evaluation.grounding import evaluate_grounding
+from model_server.evaluation.referring import evaluate_referring
+from model_server.evaluation.report import embeddings_section, markdown, print_tables
 from model_server.evaluation.results import Results
+from model_server.evaluation.retrieval import evaluate_retrieval
+from model_server.evaluation.segmenting import evaluate_segmentation
 from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver, WeightsError
+from model_server.protocol import TaskNotServed
 from model_server.training.records import DataError, set_names
 
 TASKS: dict[str, Callable[[Model, EvaluatedSet, Results], None]] = {
     "caption": evaluate_captions,
     "classify": evaluate_classes,
     "vqa": evaluate_answers,
+    "ground": evaluate_grounding,
+    "segment": evaluate_segmentation,
+    "detect_change": evaluate_change,
+    "refer": evaluate_referring,
+    "count": evaluate_counts,
+    "retrieve": evaluate_retrieval,
 }
 
 
@@ -38,8 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     results.write(options.out)
     if options.report is not None:
-        page = markdown(results, model.info, _command(options), datetime.now(UTC).date().isoformat())
-        options.report.parent.mkdir(parents=True, exist_ok=True)
+        folder = options.report.parent
+        if options.scale:
+            scale.run(model, options.data_dir, options.sets, options.split, options.limit, folder)
+        appendix = [*scale.scale_section(folder), *embeddings_section(folder)]
+        page = markdown(results, model.info, _command(options), datetime.now(UTC).date().isoformat(), appendix)
+        folder.mkdir(parents=True, exist_ok=True)
         options.report.write_text(page)
     # A file or pipe has no width of its own; the tables need this much.
     print_tables(results, Console(width=None if sys.stdout.isatty() else 160))
@@ -65,7 +83,10 @@ def evaluate(model: Model, options: argparse.Namespace) -> Results:
             continue
         results.sets.append(data.info)
         for task in options.tasks:
-            TASKS[task](model, data, results)
+            try:
+                TASKS[task](model, data, results)
+            except TaskNotServed as error:
+                results.notes.append(f"{name}: no {task} figures, {error}")
     return results
 
 
@@ -82,6 +103,9 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="checkpoint; default the embedded one")
     arguments.add_argument("--limit", type=_positive, help="this many images of each set, evenly spread")
     arguments.add_argument("--report", type=Path, help="Markdown page to write, e.g. docs/RESULTS.md")
+    arguments.add_argument(
+        "--scale", action="store_true", help="also the experiment on scale, figures and plot beside the report"
+    )
     arguments.add_argument(
         "--train-data", type=Path, help="where the training records for the controls are; default DATA_DIR"
     )
@@ -120,6 +144,8 @@ def _command(options: argparse.Namespace) -> str:
     if options.train_data is not None:
         parts.append("--train-data TRAIN_DATA_DIR")
     parts.append("--report docs/RESULTS.md")
+    if options.scale:
+        parts.append("--scale")
     return " ".join(parts)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -42,7 +42,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Answers:
-    """What was answered to the items, with and without the image, and what a majority answer would have been."""
+    """What was answered to the items, with and without the image, and what a majority answer would have been.
+
+    The blind were asked in the sentences of the first protocol on the same items: without an image, other words for a
+    question add nothing to say.
+    """
 
     items: list[Item]
     ours: list[TileVqa]
@@ -76,11 +80,11 @@ def evaluate_answers(model: Model, data: EvaluatedSet, results: Results) -> None
 
 def _own_questions(model: Model, data: EvaluatedSet, items: list[Item], results: Results) -> None:
     majority = _majority(items, [Item(r, qa, _meaning(qa)) for r in data.train for qa in r.qa])
-    for protocol, reword in (
-        ("exact", lambda _, qa: qa.question),
-        ("exact/held-out-phrasing", lambda record, qa: rephrase(qa.question, _rng(record, qa), held_out=True)),
-    ):
-        answers = _answer(model, items, reword, majority, f"{data.name} {protocol}")
+    asked: dict[str, Reword] = {
+        "exact": lambda _, qa: qa.question,
+        "exact/held-out-phrasing": lambda record, qa: rephrase(qa.question, _rng(record, qa), held_out=True),
+    }
+    for protocol, answers in _answer(model, data, items, asked, majority).items():
         results.rows += answers.rows(data, protocol, lambda predicted: _exact(predicted, items))
         results.rows += _confidence_rows(data, protocol, answers)
         if protocol == "exact" and any(item.qa.type == "comparison" for item in items):
@@ -89,12 +93,12 @@ def _own_questions(model: Model, data: EvaluatedSet, items: list[Item], results:
 
 def _label_questions(model: Model, data: EvaluatedSet, items: list[Item], results: Results) -> None:
     majority = _majority(items, [item for record in data.train for item in _label_items(record)])
-    for protocol, held_out, unseen_names in (
-        ("presence-labels", False, False),
-        ("presence-labels/held-out-phrasing", True, False),
-        ("presence-labels/held-out-names", False, True),
-    ):
-        answers = _answer(model, items, _asking_label(held_out, unseen_names), majority, f"{data.name} {protocol}")
+    asked = {
+        "presence-labels": _asking_label(False, False),
+        "presence-labels/held-out-phrasing": _asking_label(True, False),
+        "presence-labels/held-out-names": _asking_label(False, True),
+    }
+    for protocol, answers in _answer(model, data, items, asked, majority).items():
         results.rows += answers.rows(data, protocol, lambda predicted: _yes_no(predicted, items))
         results.rows += _confidence_rows(data, protocol, answers)
 
@@ -114,20 +118,38 @@ def _label_items(record: Record) -> list[Item]:
 # --- asking ----------------------------------------------------------------------------------------------------------
 
 
-def _answer(model: Model, items: list[Item], reword: Reword, majority: list[str] | None, title: str) -> Answers:
-    ours = ask(model, _queries(items, reword, blind=False), len(items), TileVqa, title)
-    blind = ask(model, _queries(items, reword, blind=True), len(items), TileVqa, f"{title}, blind")
-    return Answers(items, ours, blind, majority)
+def _answer(model: Model, data: EvaluatedSet, items: list[Item], protocols: Mapping[str, Reword],
+            majority: list[str] | None) -> dict[str, Answers]:  # fmt: skip
+    """Answers by protocol."""
+    worded = {
+        name: [(item.record, reword(item.record, item.qa)) for item in items] for name, reword in protocols.items()
+    }
+    first = next(iter(protocols))
+    blind = answers_to(model, data, worded[first], f"{data.name} {first}, blind", blind=True)
+    return {
+        name: Answers(items, answers_to(model, data, asked, f"{data.name} {name}", blind=False), blind, majority)
+        for name, asked in worded.items()
+    }
 
 
-def _queries(items: Sequence[Item], reword: Reword, blind: bool) -> Iterable[Query]:
+def answers_to(model: Model, data: EvaluatedSet, asked: Sequence[tuple[Record, str]], title: str, blind: bool
+               ) -> list[TileVqa]:  # fmt: skip
+    """Answers to questions about records, those about one record in a row. What was asked before is not asked again."""
+    keys = [(record.id, question, blind) for record, question in asked]
+    new = {k: pair for k, pair in zip(keys, asked, strict=True) if k not in data.answered}
+    found = ask(model, _queries(list(new.values()), blind), len(new), TileVqa, title)
+    data.answered.update(zip(new, found, strict=True))
+    return [data.answered[key] for key in keys]
+
+
+def _queries(asked: Sequence[tuple[Record, str]], blind: bool) -> Iterable[Query]:
     """Questions image by image; those about one image share one array, so that it need not be encoded again."""
-    shown, image = None, np.zeros(0)
-    for item in items:
-        if item.record is not shown:
-            shown, image = item.record, load_image(item.record.images[0])
+    seen, image = None, np.zeros(0)
+    for record, question in asked:
+        if record is not seen:
+            seen, image = record, load_image(record.images[0])
             image = mean_colour(image) if blind else image
-        yield Query("vqa", image, text=reword(item.record, item.qa))
+        yield Query("vqa", image, text=question)
 
 
 def _rng(record: Record, qa: QA) -> Random:

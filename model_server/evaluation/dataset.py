@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from model_server.evaluation.results import SetInfo
+from model_server.protocol import TileObjects, TileVqa
 from model_server.training.records import Record, read_records, set_names
 
 T = TypeVar("T")
@@ -18,7 +19,8 @@ T = TypeVar("T")
 class EvaluatedSet:
     """One set: the evaluated records, the training records (never the same images), and all its scene classes.
 
-    `cache` is the folder that may keep features of the training images between runs.
+    `cache` is the folder that may keep features of the training images between runs. `found` and `answered` keep what
+    the model has said about (record id, phrase or question, shown its mean colour only), so that no task asks again.
     """
 
     name: str
@@ -28,6 +30,8 @@ class EvaluatedSet:
     scenes: tuple[str, ...]
     info: SetInfo
     cache: Path
+    found: dict[tuple[str, str, bool], TileObjects] = field(default_factory=dict)
+    answered: dict[tuple[str, str, bool], TileVqa] = field(default_factory=dict)
 
 
 def read_set(data_dir: Path, train_dir: Path, name: str, split: str, limit: int | None, cache: Path) -> EvaluatedSet:

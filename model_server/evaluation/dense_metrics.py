@@ -6,6 +6,7 @@ Every function takes the raw predictions of all images at once; nothing is avera
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -122,13 +123,32 @@ def best_f1_threshold(images: Sequence[ImageBoxes], iou: float = 0.5) -> tuple[f
 def mask_scores(predicted: Sequence[np.ndarray], truth: Sequence[np.ndarray],
                 known: Sequence[np.ndarray] | None = None) -> Scores:  # fmt: skip
     """Protocol `binary`: counts over all pixels of all images; `known` masks the pixels that count."""
-    true = false = missed = 0
+    tally = MaskTally()
     for i, (p, t) in enumerate(zip(predicted, truth, strict=True)):
         where = np.ones(t.shape, bool) if known is None else known[i]
-        true += int((p & t & where).sum())
-        false += int((p & ~t & where).sum())
-        missed += int((~p & t & where).sum())
-    return from_counts(true, false, missed)
+        tally.add(p & where, t & where)
+    return tally.scores()
+
+
+@dataclass
+class MaskTally:
+    """Pixels right, false and missed of one yes/no mask, and all pixels, image after image."""
+
+    true: int = 0
+    false: int = 0
+    missed: int = 0
+    total: int = 0
+
+    def add(self, predicted: np.ndarray, truth: np.ndarray) -> None:
+        """Masks bool [H, W] of one image."""
+        both = int((predicted & truth).sum())
+        self.true += both
+        self.false += int(predicted.sum()) - both
+        self.missed += int(truth.sum()) - both
+        self.total += truth.size
+
+    def scores(self) -> Scores:
+        return from_counts(self.true, self.false, self.missed)
 
 
 class ProbabilityCounts:
@@ -165,29 +185,52 @@ def _boundary(mask: np.ndarray) -> np.ndarray:
 
 
 def _dilate(mask: np.ndarray, radius: int) -> np.ndarray:
-    """All pixels within `radius` (Euclidean) of the mask."""
-    out = np.zeros_like(mask)
+    """All pixels within `radius` (Euclidean) of the mask: row by row of the disc, each a run of pixels."""
     h, w = mask.shape
-    padded = np.pad(mask, radius)
-    for dy in range(-radius, radius + 1):
-        for dx in range(-radius, radius + 1):
-            if dx * dx + dy * dy <= radius * radius:
-                out |= padded[radius + dy : radius + dy + h, radius + dx : radius + dx + w]
+    out = np.zeros_like(mask)
+    before = np.zeros((h, w + 2 * radius + 1), np.int32)  # how many pixels of the row lie left of each place
+    np.cumsum(np.pad(mask, ((0, 0), (radius, radius))), axis=1, out=before[:, 1:])
+    for dy in range(min(radius, h - 1) + 1):
+        dx = math.isqrt(radius * radius - dy * dy)
+        wide = before[:, radius + dx + 1 : radius + dx + 1 + w] > before[:, radius - dx : radius - dx + w]
+        out[: h - dy] |= wide[dy:]
+        out[dy:] |= wide[: h - dy]
     return out
 
 
-def boundary_f1(predicted: Sequence[np.ndarray], truth: Sequence[np.ndarray], tolerance: float = 0.0075) -> float:
+@dataclass
+class BoundaryTally:
     """Boundary F1 (Csurka et al. 2013; Perazzi et al. 2016): boundary pixels within `tolerance` of the image's diagonal
     of the other boundary, counted over all images.
     """
-    near_true = total_predicted = near_predicted = total_true = 0
+
+    tolerance: float = 0.0075
+    predicted: int = 0
+    predicted_near: int = 0
+    true: int = 0
+    true_near: int = 0
+
+    def add(self, predicted: np.ndarray, truth: np.ndarray) -> None:
+        """Masks bool [H, W] of one image."""
+        radius = max(1, round(self.tolerance * float(np.hypot(*truth.shape))))
+        edge_p, edge_t = _boundary(predicted), _boundary(truth)
+        self.predicted += int(edge_p.sum())
+        self.true += int(edge_t.sum())
+        if edge_p.any() and edge_t.any():
+            self.predicted_near += int((edge_p & _dilate(edge_t, radius)).sum())
+            self.true_near += int((edge_t & _dilate(edge_p, radius)).sum())
+
+    def f1(self) -> float:
+        """0 where either side has no boundary."""
+        if not self.predicted_near or not self.true_near:
+            return 0.0
+        precision, recall = self.predicted_near / self.predicted, self.true_near / self.true
+        return 2 * precision * recall / (precision + recall)
+
+
+def boundary_f1(predicted: Sequence[np.ndarray], truth: Sequence[np.ndarray], tolerance: float = 0.0075) -> float:
+    """Boundary F1 of many images at once; see `BoundaryTally`."""
+    tally = BoundaryTally(tolerance)
     for p, t in zip(predicted, truth, strict=True):
-        radius = max(1, round(tolerance * float(np.hypot(*t.shape))))
-        edge_p, edge_t = _boundary(p), _boundary(t)
-        near_true += int((edge_p & _dilate(edge_t, radius)).sum())
-        near_predicted += int((edge_t & _dilate(edge_p, radius)).sum())
-        total_predicted, total_true = total_predicted + int(edge_p.sum()), total_true + int(edge_t.sum())
-    if not total_predicted or not total_true:
-        return 0.0
-    precision, recall = near_true / total_predicted, near_predicted / total_true
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+        tally.add(p, t)
+    return tally.f1()

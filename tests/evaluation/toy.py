@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from model_server.perceiver import Query
-from model_server.protocol import ModelInfo, RankedAnswer, TileCaption, TileClasses, TileVqa
+from model_server.protocol import ModelInfo, RankedAnswer, TileAnswer, TileCaption, TileClasses, TileVqa
 
 SCENES = {"river": (20, 40, 200), "forest": (20, 160, 30), "bare_land": (200, 170, 90)}
 
@@ -63,7 +63,7 @@ class ScriptedModel:
     def __init__(self) -> None:
         self.encoded = 0
 
-    def answer(self, queries: Sequence[Query]) -> list[TileCaption | TileVqa | TileClasses]:
+    def answer(self, queries: Sequence[Query]) -> list[TileAnswer]:
         assert len(queries) <= 32
         return [self._one(query) for query in queries]
 
@@ -71,6 +71,15 @@ class ScriptedModel:
         self.encoded += len(images)
         means = np.array([image.reshape(-1, 3).mean(axis=0) for image in images], np.float32)
         return means / np.linalg.norm(means, axis=1, keepdims=True)
+
+    def image_vectors(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        means = np.array([image.reshape(-1, 3).mean(axis=0) for image in images], np.float32)
+        return means / np.linalg.norm(means, axis=1, keepdims=True)
+
+    def text_vectors(self, texts: Sequence[str]) -> np.ndarray:
+        """The colour of the first scene that a text names."""
+        colours = [next(c for scene, c in SCENES.items() if scene.replace("_", " ") in text) for text in texts]
+        return self.image_vectors([np.array(colour, np.uint8)[None, None] for colour in colours])
 
     def _one(self, query: Query) -> TileCaption | TileVqa | TileClasses:
         scene = self._scene(query.image)
