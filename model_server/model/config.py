@@ -120,6 +120,16 @@ class ModulationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StacksConfig:
+    """Detail stacks of a convolutional pyramid, for injection (FUSE-RSVLM's idea without its windows, which a
+    convolution does not need): maps of `strides` of the image at `factor` times its side, split by their phases.
+    A factor of 1 is no detail view: the stacks are of the image as it is."""
+
+    factor: int = 2
+    strides: tuple[int, ...] = (16, 32)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DenseConfig:
     """The dense branch: boxes, masks and change from a pyramid of its own over the backbone's first blocks.
 
@@ -278,7 +288,8 @@ class ModelConfig:
     a label with its near-synonym that stands for both in the default taxonomy; `objects` are those of the presence
     head, `concepts` the number of caption words it foresees.
     `views` turned views share one pooled vector at inference (1 to 4). `dense`: the branch for boxes, masks and change;
-    None = it has none."""
+    None = it has none. `stacks`: what `inject_layers` (decoder layers, 0-based) look at again, `inject_steps` as in
+    LlavaConfig; `modulation`: of the visual tokens by anchored embeddings, a token being a patch."""
 
     name: str = "nano"
     image_size: int = 256
@@ -293,6 +304,10 @@ class ModelConfig:
     objects: tuple[str, ...] = ()
     concepts: int = 800
     dense: DenseConfig | None = None
+    stacks: StacksConfig | None = None
+    inject_layers: tuple[int, ...] = ()
+    inject_steps: bool = False
+    modulation: ModulationConfig | None = None
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -308,6 +323,8 @@ _PARTS = {
     "decoder": DecoderConfig,
     "fusion": FusionConfig,
     "dense": DenseConfig,
+    "stacks": StacksConfig,
+    "modulation": ModulationConfig,
 }
 
 

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from model_server.model.attention import KVCache, Mask, attend, rotary_table, rotate
 from model_server.model.config import DecoderConfig
-from model_server.model.experts import GranularExperts
+from model_server.model.experts import build_experts
 from model_server.model.fusion import SpatialIntegration, Windows
-from model_server.model.injection import Details, Injection
+from model_server.model.injection import Details, Injection, StepDetails
 
 
 class Block(nn.Module):
@@ -31,7 +31,7 @@ class Block(nn.Module):
         self.qkv = nn.Linear(w, w + 2 * kv, bias=config.qkv_bias)
         self.out = nn.Linear(w, w, bias=False)
         self.norm2 = nn.RMSNorm(w, config.norm_eps)
-        self.experts = GranularExperts(w, config.ffn, config.experts)
+        self.experts = build_experts(config)
         self.dropout = config.dropout
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, expert: Tensor,
@@ -67,12 +67,13 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, mask: Mask, expert: Tensor,
                 windows: Windows | None = None, cache: KVCache | None = None,
-                details: Details | None = None) -> Tensor:  # fmt: skip
+                details: Details | StepDetails | None = None) -> Tensor:  # fmt: skip
         """Hidden states [B, T, W] of embeddings x [B, T, W] at integer positions [B, T], or [3, B, T] for M-RoPE.
 
         mask: bool, broadcastable to [B, 1, T, S]; "causal"; or None = look at everything.
-        windows, details: given when x begins with the visual tokens, for MDA and injection; None on later steps over
-        a cache. expert: int [B] on the CPU, each sequence's expert row.
+        windows, details: given when x begins with the visual tokens, for MDA and injection; on later steps over a cache
+        `windows` is None, and so is `details` unless it is what steps see. expert: int [B] on the CPU, each sequence's
+        expert row.
         """
         c = self.config
         rope = rotary_table(positions, c.width // c.heads, c.rope_base, c.rope_sections)

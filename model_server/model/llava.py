@@ -52,8 +52,8 @@ class LlavaVLM(nn.Module):
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
-        if config.inject_layers and config.details is None:
-            raise ValueError("inject_layers need details: there is nothing to inject without the detail view")
+        if (config.inject_layers or config.inject_steps) and config.details is None:
+            raise ValueError("injection needs details: there is nothing to inject without the detail view")
         if config.details is not None:
             plan(config.details, config.vision)  # refuses windows that do not fit, before anything is loaded
         self.config = config
@@ -126,6 +126,8 @@ class LlavaVLM(nn.Module):
             torch.tensor(list(stacks), device=like.device),
             torch.stack([F.pad(s, (0, 0, 0, longest - s.shape[1])) for s in stacks.values()]),
             torch.arange(longest, device=like.device) < lengths[:, None],
+            len(images),
+            self.config.inject_steps,
         )
 
     def forward(self, prompt: Prompt, expert: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -143,13 +145,16 @@ class LlavaVLM(nn.Module):
         lengths = prompt.real.sum(1)
         last = hidden[torch.arange(b, device=hidden.device), lengths - 1]
         seen = F.pad(prompt.real, (0, room), value=True)
-        return self.decoder.logits(last), DecodeState(cache, seen, lengths, expert)
+        steps = None if prompt.details is None else prompt.details.steps
+        return self.decoder.logits(last), DecodeState(cache, seen, lengths, expert, details=steps)
 
     def step(self, tokens: Tensor, state: DecodeState) -> Tensor:
-        """One more token of every sequence, int [B] -> next-token logits [B, V]. Injection was at prefill."""
+        """One more token of every sequence, int [B] -> next-token logits [B, V]."""
         x = self.decoder.embed(tokens)[:, None]
         mask = state.visible[:, None, None, : state.cache.filled + 1]
-        hidden = self.decoder(x, state.position[:, None], mask, state.expert, None, state.cache)
+        hidden = self.decoder(
+            x, state.position[:, None], mask, state.expert, cache=state.cache, details=state.details
+        )  # fmt: skip
         state.position = state.position + 1
         return self.decoder.logits(hidden[:, -1])
 

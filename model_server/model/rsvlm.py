@@ -19,7 +19,10 @@ from model_server.model.config import ModelConfig
 from model_server.model.decoder import Decoder
 from model_server.model.fusion import MapWindows, SpatialIntegration, Windows
 from model_server.model.heads import ImageHeads
+from model_server.model.injection import Details, StepDetails
+from model_server.model.modulation import Anchors, TokenModulation
 from model_server.model.sentence import SentenceEncoder
+from model_server.model.stacks import DetailStacks, canvas_of
 from model_server.model.vision import Backbone
 
 HEAD_TOKENS = 4  # pooled image, labels, objects, caption words
@@ -37,9 +40,11 @@ class Features:
     visual: Tensor  # [B, P, D], the visual part of a sequence
     windows: Windows  # for MDA
     pooled: Tensor  # [B, head]
+    stacks: Tensor | None = None  # [B, K, L*L, D], for injection
 
     def rows(self, index: Tensor) -> Features:
-        return Features(self.visual[index], {s: w[index] for s, w in self.windows.items()}, self.pooled[index])
+        stacks = None if self.stacks is None else self.stacks[index]
+        return Features(self.visual[index], {s: w[index] for s, w in self.windows.items()}, self.pooled[index], stacks)
 
 
 @dataclass
@@ -63,6 +68,7 @@ class DecodeState:
     position: Tensor  # int [V B]
     expert: Tensor  # int [V B], CPU
     views: int = 1
+    details: StepDetails | None = None  # where every step looks at them again
 
     def select(self, sequences: Tensor) -> None:
         """Keep these sequences, in this order; one may be named several times."""
@@ -71,6 +77,7 @@ class DecodeState:
         self.cache.select(rows)
         self.visible, self.position = self.visible[rows], self.position[rows]
         self.expert = self.expert[rows.cpu()]
+        self.details = None if self.details is None else self.details.select(rows)
 
 
 class RSVLM(nn.Module):
@@ -92,7 +99,7 @@ class RSVLM(nn.Module):
         self.queries = nn.Parameter(torch.randn(fusion.grid**2, width) * 0.02)
         last = max(self.backbone.widths)
         self.from_last = nn.Linear(self.backbone.widths[last], width) if fusion.query_from_last else None
-        self.sfi = SpatialIntegration(widths, keys, width)
+        self.sfi = SpatialIntegration(widths, keys, width, fusion.width) if fusion.sfi else None
         self.image_token = nn.Linear(pooled, width)
         self.label_token = nn.Linear(max(len(config.labels), 1), width)
         self.object_token = nn.Linear(max(len(config.objects), 1), width)
@@ -100,30 +107,67 @@ class RSVLM(nn.Module):
         self.question_states = nn.Linear(sentence, width)
         self.question_vector = nn.Linear(sentence, width)
         self.visual_norm = nn.RMSNorm(width)
-        mda = {layer: SpatialIntegration(widths, keys, width) for layer in fusion.mda_layers}
-        self.decoder = Decoder(config.decoder, mda)
+        mda = SpatialIntegration.repeated(
+            fusion.mda_layers, lambda: SpatialIntegration(widths, keys, width, fusion.width), fusion.mda_shared
+        )
+        self.decoder = Decoder(config.decoder, mda, config.inject_layers)
+        if bool(config.inject_layers) != (config.stacks is not None):
+            raise ValueError("inject_layers and stacks need each other: what is injected, and where")
+        self.detail = DetailStacks(config.stacks, self.backbone.widths, fusion.grid, width) if config.stacks else None
+        self.modulation = TokenModulation(config.modulation, width) if config.modulation else None
 
     @property
     def visual_tokens(self) -> int:
         return self.config.fusion.grid**2 + HEAD_TOKENS
 
-    def encode(self, images: Tensor, turned: bool = False) -> Features:
+    def encode(self, images: Tensor, turned: bool = False, canvas: Tensor | None = None,
+               anchors: Anchors | None = None) -> Features:  # fmt: skip
         """uint8 [B, 3, side, side] -> features.
 
         Imagery seen from above has no upright: the pooled vector is the mean over `config.views` turned views V.
-        turned: give the features of every view, V B rows, the upright ones first; else the B upright ones.
+
+        Args:
+            images: of the config's size.
+            turned: give the features of every view, V B rows, the upright ones first; else the B upright ones.
+            canvas: the same places at `stacks.factor` times the side, uint8, where the detail is known; else the images
+                are enlarged.
+            anchors: what is known of the places, for modulation; of upright views only.
         """
+        if turned and anchors is not None:
+            raise ValueError("anchors have upright positions; encode with turned=False")
         b, views = len(images), self.config.views
         maps, pooled = self.backbone(images)
-        if views == 1:
-            return self.fuse(maps, pooled)
-        others, more = self.backbone(torch.cat([turn(images) for turn in TURNS[: views - 1]]))
-        pooled = torch.cat((pooled, more)).view(views, b, -1).mean(0)
-        if not turned:
-            return self.fuse(maps, pooled)
-        return self.fuse({s: torch.cat((m, others[s])) for s, m in maps.items()}, pooled.repeat(views, 1))
+        shown = images
+        if views > 1:
+            others, more = self.backbone(torch.cat([turn(images) for turn in TURNS[: views - 1]]))
+            pooled = torch.cat((pooled, more)).view(views, b, -1).mean(0)
+            if turned:
+                maps, pooled = {s: torch.cat((m, others[s])) for s, m in maps.items()}, pooled.repeat(views, 1)
+                shown = torch.cat([images, *(turn(images) for turn in TURNS[: views - 1])])
+                if canvas is not None:
+                    canvas = torch.cat([canvas, *(turn(canvas) for turn in TURNS[: views - 1])])
+        features = self.fuse(maps, pooled, anchors)
+        if self.detail is not None:
+            features.stacks = self.detail(self._detail_maps(maps, shown, canvas))
+        return features
 
-    def fuse(self, maps: dict[int, Tensor], pooled: Tensor) -> Features:
+    def _detail_maps(self, maps: dict[int, Tensor], images: Tensor, canvas: Tensor | None) -> dict[int, Tensor]:
+        """Maps of the canvas, which without a detail view is the image itself."""
+        stacks = self.config.stacks
+        if stacks is None or stacks.factor == 1:
+            return maps
+        return self.backbone(canvas_of(images, stacks.factor) if canvas is None else canvas)[0]
+
+    def details(self, features: Features) -> Details | None:
+        """What injection looks at; the tokens behind the SFI tokens look as text does, where it looks at all."""
+        if features.stacks is None:
+            return None
+        b, _, v, _ = features.stacks.shape
+        rows = torch.arange(b, device=features.stacks.device)
+        real = torch.ones(b, v, dtype=torch.bool, device=features.stacks.device)
+        return Details(rows, features.stacks, real, b, self.config.inject_steps)
+
+    def fuse(self, maps: dict[int, Tensor], pooled: Tensor, anchors: Anchors | None = None) -> Features:
         """Backbone maps and pooled vectors to the visual tokens. The heads' findings enter without gradient."""
         dtype = self.queries.dtype
         pooled = pooled.to(dtype)
@@ -131,7 +175,11 @@ class RSVLM(nn.Module):
         x = self.queries.expand(pooled.shape[0], -1, -1)
         if self.from_last is not None:
             x = x + self.from_last(self.grid_of_last(maps[max(maps)].to(dtype)))
-        x = self.sfi(x, windows)
+        if self.sfi is not None:
+            x = self.sfi(x, windows)
+        if self.modulation is not None:
+            side = self.config.fusion.grid
+            x = self.modulation(x.flatten(0, 1), [(side, side)] * len(x), anchors).view_as(x)
         with torch.no_grad():
             labels = self.heads.labels(pooled).softmax(-1) if self.config.labels else pooled.new_zeros(len(pooled), 1)
             objects = self.heads.objects(pooled).sigmoid() if self.config.objects else pooled.new_zeros(len(pooled), 1)
@@ -164,17 +212,19 @@ class RSVLM(nn.Module):
         b, t, _ = x.shape
         c = self.config.decoder
         cache = KVCache(c.layers, b, c.kv_heads, t + room, c.width // c.heads, x)
-        hidden = self.decoder(x, positions, prompt_mask(visible, self.visual_tokens), expert, features.windows, cache)
+        details = self.details(features)
+        mask = prompt_mask(visible, self.visual_tokens)
+        hidden = self.decoder(x, positions, mask, expert, features.windows, cache, details)
         seen = torch.ones(b, t + room, dtype=torch.bool, device=x.device)
         seen[:, :t] = visible
-        state = DecodeState(cache, seen, positions[:, -1] + 1, expert, views)
+        state = DecodeState(cache, seen, positions[:, -1] + 1, expert, views, None if details is None else details.steps)
         return _agreed(self.decoder.logits(hidden[:, -1]), views), state
 
     def step(self, tokens: Tensor, state: DecodeState) -> Tensor:
         """One more token of every sequence, int [B] -> next-token logits [B, vocabulary]."""
         x = self.decoder.embed(tokens.repeat(state.views))[:, None]
         mask = state.visible[:, None, None, : state.cache.filled + 1]
-        hidden = self.decoder(x, state.position[:, None], mask, state.expert, None, state.cache)
+        hidden = self.decoder(x, state.position[:, None], mask, state.expert, None, state.cache, state.details)
         state.position = state.position + 1
         return _agreed(self.decoder.logits(hidden[:, -1]), state.views)
 

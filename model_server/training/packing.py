@@ -93,7 +93,8 @@ def packed_hidden(model: RSVLM, features: Features, packed: Packed, expert: Tens
     p = visual.shape[1]
     x = torch.cat((visual, text.to(visual.dtype)), 1)
     positions = torch.cat((torch.arange(p).expand(x.shape[0], p), packed.position + p), 1)
-    hidden = model.decoder(x, positions, packed_mask(packed.segment, p), expert, features.windows)
+    mask = packed_mask(packed.segment, p)
+    hidden = model.decoder(x, positions, mask, expert, features.windows, details=model.details(features))
     return hidden[:, p:]
 
 

@@ -9,7 +9,7 @@ import torch
 
 from model_server.model.config import DecoderConfig, DetailConfig, LlavaConfig, MergeConfig, ViTConfig
 from model_server.model.injection import Details, Injection
-from model_server.model.llava import IMAGE, LlavaVLM
+from model_server.model.llava import IMAGE, ImageTokens, LlavaVLM
 from model_server.model.windows import WindowsDoNotFit, canvas_of, cut_windows, detail_stacks, plan, stitch
 
 VISION = ViTConfig(
@@ -72,7 +72,7 @@ def test_injection_is_the_equation_and_touches_visual_tokens_of_its_rows_only() 
     for p in module.parameters():
         torch.nn.init.normal_(p, std=0.5)
     x, stacks = torch.randn(3, 6, 8), torch.randn(1, 5, 4, 8)
-    out = module(x, Details(torch.tensor([1]), stacks, torch.ones(1, 4, dtype=torch.bool)))
+    out = module(x, Details(torch.tensor([1]), stacks, torch.ones(1, 4, dtype=torch.bool), 3))
     h, d = x[1, :4], stacks[0]
     query = module.router.query(module.router.query_norm(h.mean(0)))
     keys = module.router.key(module.router.key_norm(d.mean(1)))
@@ -101,3 +101,60 @@ def test_gradients_reach_every_part_of_an_injecting_model() -> None:
     model.decoder.logits(model(prompt, torch.tensor([0]))).square().sum().backward()
     silent = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()}
     assert silent == set()
+
+
+def every_step() -> LlavaVLM:
+    torch.manual_seed(0)
+    model = LlavaVLM(dataclasses.replace(build().config, inject_steps=True)).eval().requires_grad_(False)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def asked(model: LlavaVLM) -> tuple[list[torch.Tensor], list[list[ImageTokens]]]:
+    """A row with one image, a row of text alone, a row with two."""
+    torch.manual_seed(1)
+    one, two = model.encode([torch.randn(1, 3, 32, 32), torch.randn(2, 3, 32, 32)])
+    return [torch.tensor(i) for i in ([1, IMAGE, 4], [1, 9, 9, 4], [IMAGE, 5])], [[one], [], [two]]
+
+
+def test_at_every_step_cached_decoding_equals_the_full_pass_also_of_mixed_rows_that_are_reordered() -> None:
+    model = every_step()
+    ids, images = asked(model)
+    expert = torch.zeros(3, dtype=torch.long)
+    answers = torch.tensor([[7, 8, 9], [10, 11, 12], [13, 14, 15]])
+    _, state = model.prefill(model.prompt(ids, images), expert, 3)
+    order = torch.tensor([2, 0, 0, 1])
+    state.select(order)
+    steps = [model.step(answers[order, t], state) for t in range(3)]
+    for place, row in enumerate(order.tolist()):
+        for t, logits in enumerate(steps):
+            grown = torch.cat((ids[row], answers[row, : t + 1]))
+            full, _ = model.prefill(model.prompt([grown], [images[row]]), expert[:1], 0)
+            torch.testing.assert_close(logits[place], full[0], atol=2e-4, rtol=1e-4)
+
+
+def test_injection_at_every_step_changes_text_of_rows_with_an_image_and_no_other() -> None:
+    model = every_step()
+    published = LlavaVLM(dataclasses.replace(model.config, inject_steps=False)).eval().requires_grad_(False)
+    published.load_state_dict(model.state_dict())  # the same parameters
+    ids, images = asked(model)
+    expert = torch.zeros(3, dtype=torch.long)
+    prompts = [m.prompt(ids, images) for m in (model, published)]
+    differences = (model(prompts[0], expert) - published(prompts[1], expert)).abs().amax(-1)
+    assert differences[0, :16].max() == 0  # an image's own tokens stand before the text that changes
+    assert differences[0, 16:18].min() > 1e-3
+    assert differences[1, :4].max() == 0
+    assert differences[2, :32].max() == 0
+    assert differences[2, 32] > 1e-3
+
+
+def test_nothing_of_a_request_stays_on_the_model() -> None:
+    model = every_step()
+    ids, images = asked(model)
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    expert = torch.zeros(3, dtype=torch.long)
+    first, _ = model.prefill(model.prompt(ids, images), expert, 0)
+    model.greedy(model.prompt([ids[2]], [images[2]]), expert[:1], 3, None)
+    assert torch.equal(model.prefill(model.prompt(ids, images), expert, 0)[0], first)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
