@@ -1,8 +1,8 @@
 """Objects found in several looks at one tile, as one list.
 
-The look that is surest of what it sees (most expected hits, the unsure counting little) is taken whole. The others
-add what it missed: boxes that none of those taken already covers, at a discount, since a thing that the best scale
-did not see is more often a fault of the other one.
+The look that is surest of what it sees (most expected hits, the unsure counting little) is believed. What only
+another look sees counts less: more often than not it is a fault of that scale. Where boxes of different looks cover
+each other the better one stays, so that a large ship is not also its parts.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from model_server.model.dense import box_iou
 
-OTHERS = 0.7  # factor on the scores of looks that are not the surest
-COVERED_IOU = 0.4
+OTHERS = 0.7  # factor on the scores of what the surest look does not see
+SAME_IOU = 0.4
 COVERED_SHARE = 0.7  # of the smaller box's area
 
 
@@ -36,22 +37,30 @@ class Sighting:
 def combined(sightings: Sequence[Sighting]) -> Sighting:
     """One list of all looks' objects, best first; `scale` is that of the surest look, where nobody sees anything the
     one nearest to 1."""
-    surest, *others = sorted(sightings, key=lambda s: (-s.evidence, max(s.scale, 1 / s.scale)))
-    boxes, scores = surest.boxes, surest.scores
-    for other in others:
-        fresh = ~_covered(other.boxes, boxes)
-        boxes = torch.cat((boxes, other.boxes[fresh]))
-        scores = torch.cat((scores, other.scores[fresh] * OTHERS))
+    looks = sorted(sightings, key=lambda s: (-s.evidence, max(s.scale, 1 / s.scale)))
+    surest = looks[0]
+    if len(looks) == 1:
+        return surest
+    boxes = torch.cat([s.boxes for s in looks])
+    look = torch.tensor([i for i, s in enumerate(looks) for _ in range(len(s.boxes))], device=boxes.device)
+    seen = (look == 0) | (box_iou(boxes, surest.boxes) > SAME_IOU).any(1)
+    scores = torch.cat([s.scores for s in looks]) * torch.where(seen, 1.0, OTHERS)
     order = scores.argsort(descending=True, stable=True)
-    return Sighting(surest.scale, boxes[order], scores[order])
+    boxes, scores, look = boxes[order], scores[order], look[order]
+    rival = (_covering(boxes) & (look[:, None] != look[None])).cpu().numpy()
+    alive = np.ones(len(boxes), bool)
+    for i in range(len(boxes)):
+        if alive[i]:
+            alive[i + 1 :] &= ~rival[i, i + 1 :]
+    kept = torch.from_numpy(alive).to(boxes.device)
+    return Sighting(surest.scale, boxes[kept], scores[kept])
 
 
-def _covered(boxes: Tensor, by: Tensor) -> Tensor:
-    """Which boxes of [N, 4] overlap one of [M, 4], by IoU or by the share of the smaller of the two -> bool [N]."""
-    if not len(boxes) or not len(by):
-        return torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
-    low, high = torch.maximum(boxes[:, None, :2], by[None, :, :2]), torch.minimum(boxes[:, None, 2:], by[None, :, 2:])
+def _covering(boxes: Tensor) -> Tensor:
+    """Which boxes of [N, 4] overlap each other, by IoU or by the share of the smaller one -> bool [N, N]."""
+    low = torch.maximum(boxes[:, None, :2], boxes[None, :, :2])
+    high = torch.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
     shared = (high - low).clamp(min=0).prod(-1)
-    area, other = ((b[:, 2:] - b[:, :2]).prod(-1) for b in (boxes, by))
-    smaller = torch.minimum(area[:, None], other[None]).clamp(min=1e-6)
-    return ((box_iou(boxes, by) > COVERED_IOU) | (shared / smaller > COVERED_SHARE)).any(1)
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
+    smaller = torch.minimum(area[:, None], area[None]).clamp(min=1e-6)
+    return (box_iou(boxes, boxes) > SAME_IOU) | (shared / smaller > COVERED_SHARE)

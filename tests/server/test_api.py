@@ -67,6 +67,9 @@ async def test_an_answer_names_the_model_the_task_token_and_the_expert(http: htt
         pytest.param(body_of({"task": "caption"}, tile_0=np.zeros((4, 4), np.uint8)), id="flat tile"),
         pytest.param(body_of({"task": "caption"}, tile_0=np.zeros((4, 4, 3), np.float32)), id="float tile"),
         pytest.param(body_of({"task": "caption"}, tile_1=tile(1)), id="misnamed tile"),
+        pytest.param(body_of({"task": "ground"}), id="no phrase"),
+        pytest.param(body_of({"task": "segment"}), id="no classes"),
+        pytest.param(body_of({"task": "detect_change"}), id="half a pair"),
     ],
 )
 async def test_a_malformed_body_is_refused_and_the_next_request_is_served(http: httpx.AsyncClient, body: bytes) -> None:
@@ -168,6 +171,18 @@ async def test_a_failure_of_the_model_is_told_to_its_caller_only(http: httpx.Asy
     assert error_of(failed) == (500, "failed")
     assert "unlucky tile" in failed.json()["error"]["message"]
     assert good.status_code == 200
+
+
+async def test_a_task_that_the_model_has_no_part_for_is_not_implemented(
+    http: httpx.AsyncClient, perceiver: ScriptedPerceiver
+) -> None:
+    perceiver.tasks = ("caption", "vqa", "classify")
+    refusal = await perceive(http, encode_request(PerceiveRequest(task="segment", labels=["road"]), [tile(1)]))
+    assert error_of(refusal) == (501, "not_served")
+    assert "'scripted' has no part for segment" in refusal.json()["error"]["message"]
+    (model,) = (await http.get("/v1/models")).json()["data"]
+    assert model["tasks"] == ["caption", "vqa", "classify"]
+    assert (await perceive(http, GOOD)).status_code == 200
 
 
 async def test_before_the_model_is_loaded_the_server_says_so(loader: Callable[[], Perceiver]) -> None:

@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from processes import REQUESTS, picture
 from scripted import GUILTY, ScriptedPerceiver, tile
 
 from model_server.engine import Engine
-from model_server.protocol import MAX_BODY_BYTES, PerceiveRequest
+from model_server.protocol import MAX_BODY_BYTES, PerceiveRequest, TileChange
 from rs_tools.client import ModelClient
 from rs_tools.errors import InputError, ServerBusy, ServerError, ServerUnavailable
 
@@ -240,6 +241,38 @@ async def test_the_words_of_the_server_reach_the_caller(scripted_url: str) -> No
     async with ModelClient(scripted_url, token="secret") as client:
         with pytest.raises(ServerError, match="unlucky tile"):
             await client.perceive(CAPTION, [tile(GUILTY)])
+
+
+async def test_arrays_arrive_on_the_answers_of_their_tiles(scripted_url: str) -> None:
+    rng = np.random.default_rng(0)
+    tiles = [rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((5, 7), (5, 7), (8, 3), (8, 3))]
+    async with asyncio.timeout(20), ModelClient(scripted_url, token="secret") as client:
+        masks = (await client.perceive(PerceiveRequest(task="segment", labels=["road", "sea"]), tiles)).masks
+        changes = (await client.perceive(PerceiveRequest(task="detect_change"), tiles)).changes
+    for tile_, mask in zip(tiles, masks, strict=True):
+        np.testing.assert_array_equal(mask.probabilities, np.stack([tile_[..., 0]] * 2))
+    for before, after, change in zip(tiles[::2], tiles[1::2], changes, strict=True):
+        np.testing.assert_array_equal(change.probabilities, after[..., 0] - before[..., 0])
+
+
+async def test_an_array_that_does_not_fit_its_tile_is_not_passed_on(
+    scripted_url: str, perceiver: ScriptedPerceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change = TileChange(threshold=0.5, scale=1, probabilities=np.zeros((9, 9), np.uint8))
+    monkeypatch.setattr(perceiver, "answer", lambda queries: [change] * len(queries))
+    async with asyncio.timeout(20), ModelClient(scripted_url, token="secret") as client:
+        with pytest.raises(ServerError, match=r"probabilities \(9, 9\) for a tile of 4x4"):
+            await client.perceive(PerceiveRequest(task="detect_change"), [tile(1), tile(2)])
+
+
+async def test_a_model_that_cannot_do_a_task_is_named_with_what_it_can(
+    scripted_url: str, perceiver: ScriptedPerceiver
+) -> None:
+    perceiver.tasks = ("caption", "vqa")
+    async with asyncio.timeout(20), ModelClient(scripted_url, token="secret") as client:
+        with pytest.raises(ServerError, match=r"^the loaded model 'scripted' has no part for ground") as refusal:
+            await client.perceive(PerceiveRequest(task="ground", text="ship"), [tile(1)])
+    assert "it serves caption, vqa: use one of these" in str(refusal.value)
 
 
 async def test_a_cancelled_call_frees_its_place_on_the_server(

@@ -10,7 +10,7 @@ from scripted import GUILTY, ScriptedPerceiver, tile
 
 from model_server.engine import Engine, EngineBusy, EngineNotReady, QueryFailed
 from model_server.perceiver import Perceiver
-from model_server.protocol import PerceiveRequest, PerceiveResponse
+from model_server.protocol import PerceiveRequest, PerceiveResponse, TaskNotServed
 
 CAPTION = PerceiveRequest(task="caption")
 
@@ -54,6 +54,45 @@ async def test_requests_of_several_callers_share_a_batch_whatever_their_tasks(
     assert (await classify).classes[0].scores == [0.2, 0.2]
     assert perceiver.batches == [[0], [1, 2, 51]]
     assert (engine.stats.batches, engine.stats.shared_batches, engine.stats.largest_batch) == (2, 1, 3)
+
+
+async def test_a_pair_is_one_item_with_one_answer(engine: Engine) -> None:
+    change = PerceiveRequest(task="detect_change", gsd_m=2)
+    answer = await engine.perceive(change, [tile(10), tile(15), tile(20), tile(27), tile(30), tile(39)])
+    assert [int(c.probabilities[0, 0]) for c in answer.changes] == [5, 7, 9]
+    assert [c.scale for c in answer.changes] == [2, 2, 2]
+    assert engine.stats.tiles == 6
+
+
+async def test_every_field_of_a_dense_request_reaches_the_model(engine: Engine) -> None:
+    ground = await engine.perceive(PerceiveRequest(task="ground", text="ship", gsd_m=0.5), [tile(3)])
+    assert (ground.objects[0].boxes, ground.objects[0].scale) == ([(0, 0, 3, 3)], 0.5)
+    segment = PerceiveRequest(task="segment", labels=["road", "sea"], modality="sar")
+    (masks,) = (await engine.perceive(segment, [tile(9)])).masks
+    assert (masks.labels, masks.known, masks.probabilities.shape) == (["road", "sea"], [True, True], (2, 4, 4))
+
+
+async def test_dense_tiles_take_more_places_of_a_batch_so_that_short_questions_do_not_wait_long(
+    engine: Engine, perceiver: ScriptedPerceiver
+) -> None:
+    first = await hold_device(engine, perceiver)
+    ground = PerceiveRequest(task="ground", text="ship")
+    large = asyncio.create_task(engine.perceive(ground, [tile(1), tile(2), tile(3)]))
+    short = asyncio.create_task(engine.perceive(CAPTION, [tile(9)]))
+    await until(lambda: engine.waiting == 4)
+    perceiver.gate.set()
+    await asyncio.gather(first, large, short)
+    assert perceiver.batches == [[0], [1], [9], [2], [3]]  # of four places, a dense tile takes all
+
+
+async def test_a_task_that_the_model_has_no_part_for_is_refused_and_the_others_are_served(
+    engine: Engine, perceiver: ScriptedPerceiver
+) -> None:
+    perceiver.tasks = ("caption", "vqa", "classify")
+    with pytest.raises(TaskNotServed, match="no part for ground, it serves caption, vqa, classify"):
+        await engine.perceive(PerceiveRequest(task="ground", text="ship"), [tile(1)])
+    assert captions(await engine.perceive(CAPTION, [tile(4)])) == ["colour 4"]
+    assert perceiver.batches == [[4]]
 
 
 async def test_every_caller_gets_the_answers_to_its_own_tiles_in_their_order(engine: Engine) -> None:

@@ -60,6 +60,39 @@ def test_models_describes_the_loaded_weights(server: ServerProcess) -> None:
     assert model["taxonomy"]
 
 
+async def test_a_model_with_a_dense_branch_answers_boxes_masks_and_change(dense_weights: Path, tmp_path: Path) -> None:
+    small, large = picture(1), picture(2, side=90)
+    with server_process(tmp_path / "log", "--weights", str(dense_weights)) as server:
+        server.wait_until_ready()
+        async with httpx.AsyncClient(base_url=server.url) as http:
+            (model,) = (await http.get("/v1/models")).json()["data"]
+        assert model["tasks"] == ["caption", "vqa", "classify", "ground", "segment", "detect_change"]
+        async with ModelClient(server.url) as client:
+            ground, segment, change = await asyncio.gather(
+                client.perceive(PerceiveRequest(task="ground", text="ship"), [small, large]),
+                client.perceive(PerceiveRequest(task="segment", labels=["road", "sea"], gsd_m=0.5), [small, large]),
+                client.perceive(PerceiveRequest(task="detect_change", gsd_m=10), [small, picture(3), large, large]),
+            )
+    assert (ground.task_token, ground.expert) == ("[VG]", "region")
+    assert (segment.task_token, segment.expert) == ("[SEG]", "pixel")
+    assert (change.task_token, change.expert) == ("[CCD]", "pixel")
+    for tile, objects in zip((small, large), ground.objects, strict=True):
+        assert objects.boxes
+        assert objects.known
+        assert all(0 <= x1 < x2 <= tile.shape[1] and 0 <= y1 < y2 <= tile.shape[0] for x1, y1, x2, y2 in objects.boxes)
+    assert [m.probabilities.shape for m in segment.masks] == [(2, 64, 64), (2, 90, 90)]
+    assert [c.probabilities.shape for c in change.changes] == [(64, 64), (90, 90)]
+    assert [c.scale for c in change.changes] == [2, 2]
+
+
+def test_a_model_without_a_dense_branch_refuses_boxes(server: ServerProcess) -> None:
+    body = encode_request(PerceiveRequest(task="ground", text="ship"), [picture(1)])
+    headers = {"Content-Type": "application/octet-stream"}
+    refusal = httpx.post(f"{server.url}/v1/perceive", content=body, headers=headers)
+    assert refusal.status_code == 501
+    assert "no part for ground" in refusal.json()["error"]["message"]
+
+
 async def test_concurrent_callers_share_batches_and_get_what_they_would_get_alone(server: ServerProcess) -> None:
     asked = [(REQUESTS[i % 3], [picture(100 + i), picture(200 + i)]) for i in range(12)]
     alone = [answers(post(server, request, *tiles)) for request, tiles in asked]
