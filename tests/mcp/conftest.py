@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,9 +27,24 @@ def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def model_server(debug_weights: Path, token_file: Path) -> Iterator[ModelServer]:
-    with running_model_server(debug_weights, token_file) as server:
+def model_server(dense_weights: Path, token_file: Path) -> Iterator[ModelServer]:
+    with running_model_server(dense_weights, token_file) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the files of answers go, and not to the user's cache."""
+    return tmp_path_factory.mktemp("artifacts")
+
+
+@pytest.fixture
+def local_state(tmp_path: Path) -> Iterator[Path]:
+    """A state folder of the test's own, whose model server ends with the test."""
+    state = tmp_path / "state"
+    yield state
+    for file in state.glob("server-*.json"):
+        os.kill(json.loads(file.read_text())["pid"], signal.SIGTERM)
 
 
 @pytest.fixture(scope="session")
@@ -36,16 +54,18 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scene = SCENES / "itaipu_landsat8.tif"
     shutil.copy(scene, folder)
     shutil.copy(SCENES / "yellowstone_road.jpg", folder)
+    shutil.copy(SCENES / "raleigh_landsat7.tif", folder)
     (folder / "notes.tif").write_text("A text file with the name of a raster.\n")
     (folder / "truncated.tif").write_bytes(scene.read_bytes()[:400_000])
     return folder
 
 
 @pytest.fixture(scope="session")
-def http_server(model_server: ModelServer, token_file: Path, root: Path) -> Iterator[str]:
+def http_server(model_server: ModelServer, token_file: Path, root: Path, artifacts: Path) -> Iterator[str]:
     """The address of one `rs-mcp --http` for all tests."""
     port = free_port()
     arguments = ["--root", str(root), "--model-url", model_server.url, "--token-file", str(token_file)]
+    arguments += ["--artifacts", str(artifacts)]
     command = [sys.executable, "-m", "mcp_server", *arguments, "--http", "--port", str(port)]
     process = subprocess.Popen(command)
     try:
@@ -57,10 +77,13 @@ def http_server(model_server: ModelServer, token_file: Path, root: Path) -> Iter
 
 
 @pytest.fixture(params=["stdio", "http"])
-def connect(request: pytest.FixtureRequest, model_server: ModelServer, token_file: Path, root: Path) -> Connect:
+def connect(
+    request: pytest.FixtureRequest, model_server: ModelServer, token_file: Path, root: Path, artifacts: Path
+) -> Connect:
     """Opens a client of a real `rs-mcp`; keywords go to `mcp.Client`. Each test runs over both transports."""
     if request.param == "http":
         url: str = request.getfixturevalue("http_server")
         return lambda **options: Client(url, **options)
     arguments = ["--root", str(root), "--model-url", model_server.url, "--token-file", str(token_file)]
+    arguments += ["--artifacts", str(artifacts)]
     return lambda **options: Client(stdio(*arguments), **options)

@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 from mcp_processes import Connect, text_of
 
-TOOLS = ["inspect_image", "list_images", "caption", "vqa", "classify"]
+TOOLS = ["inspect_image", "list_images", "caption", "vqa", "ground", "segment", "detect_change", "classify"]
 SCENE = "itaipu_landsat8.tif"
 
 
@@ -92,7 +92,7 @@ async def test_list_images_names_what_the_other_tools_can_open(connect: Connect)
         listed = (await client.call_tool("list_images", {})).structured_content
         assert listed is not None
         names = [one["image"] for one in listed["images"]]
-        assert len(names) == 2
+        assert len(names) == 3
         for name in names:
             assert not (await client.call_tool("inspect_image", {"image": name})).is_error
 

@@ -13,6 +13,7 @@ import pytest
 
 SCENES = Path(__file__).parents[2] / "examples" / "data"
 SCENE = SCENES / "itaipu_landsat8.tif"
+COMMANDS = ["inspect", "list", "caption", "vqa", "classify", "ground", "segment", "detect-change", "serve"]
 
 
 def rs_tools(*arguments: str | Path, state: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -60,6 +61,9 @@ def test_list_shows_the_images_of_a_folder() -> None:
         (["inspect", __file__], "not a raster"),
         (["caption", SCENE, "--region", "600", "0", "700", "100"], "560"),
         (["vqa", SCENE, " "], "question"),
+        (["ground", SCENE, " "], "query"),
+        (["segment", SCENE, "--class", " "], "characters"),
+        (["detect-change", SCENE, SCENES / "yellowstone_road.jpg"], "place on Earth"),
     ],
 )
 def test_a_refused_image_or_question_gives_status_1_and_the_reason_on_stderr(
@@ -72,12 +76,15 @@ def test_a_refused_image_or_question_gives_status_1_and_the_reason_on_stderr(
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["inspect"], ["list", "no_such_folder"], ["classify", SCENE, "--top-k", "many"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["inspect"], ["list", "no_such_folder"], ["classify", SCENE, "--top-k", "many"], ["segment", SCENE]],
+)
 def test_wrong_usage_gives_status_2(arguments: list[str | Path]) -> None:
     assert rs_tools(*arguments).returncode == 2
 
 
-@pytest.mark.parametrize("command", ["inspect", "list", "caption", "vqa", "classify", "serve"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_explained_with_an_example(command: str) -> None:
     overview = rs_tools("--help").stdout
     assert command in overview

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from model_server.protocol import (
 from rs_tools.errors import ServerError
 from rs_tools.imagery.access import AccessPolicy
 from rs_tools.imagery.scene import Pixels, Scene
+from rs_tools.results import Artifact
 
 REPOSITORY = Path(__file__).parents[2]
 BUNDLED = REPOSITORY / "examples" / "data"
@@ -78,6 +80,15 @@ def opened(path: Path, bands: tuple[int, ...] = ()) -> Scene:
 
 def whole(scene: Scene, out_size: tuple[int, int] | None = None) -> Pixels:
     return scene.read(scene.region([]), out_size or (scene.width, scene.height))
+
+
+def features(artifact: Artifact) -> list[dict[str, Any]]:
+    """The features of a vectors file."""
+    return json.loads(Path(artifact.path).read_text())["features"]
+
+
+def size(artifact: Artifact) -> int:
+    return Path(artifact.path).stat().st_size
 
 
 class ScriptedClient:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import rasterio
 from affine import Affine
 from planted import BLUE, BROWN, PlantedModel, painted
 from rasterio.warp import calculate_default_transform, reproject
-from rasters import UTM, noise, write
+from rasters import UTM, features, noise, write
 
 from rs_tools.changing import MAX_REGIONS
 from rs_tools.errors import PairError, RegionError
@@ -71,8 +70,8 @@ async def test_what_changed_is_told_in_regions_figures_words_and_a_mask(tools: T
     assert found.provenance.task_token == "[CCD]"
     assert len(found.provenance.image_digest.split()) == 2
     [mask, vectors] = found.artifacts
-    features = json.loads(Path(vectors.path).read_text())["features"]
-    assert [one["properties"]["pixels"] for one in features] == [12_000, 1200]
+    outlines = features(vectors)
+    assert [one["properties"]["pixels"] for one in outlines] == [12_000, 1200]
     with rasterio.open(mask.path) as file:
         assert (file.transform, file.crs.to_epsg()) == (UTM, 32633)
 
@@ -155,8 +154,7 @@ async def test_many_regions_are_listed_largest_first_and_the_file_holds_all(tool
     assert len(found.regions) == MAX_REGIONS
     areas = [one.area_m2 or 0 for one in found.regions]
     assert areas == pytest.approx(sorted(areas, reverse=True), rel=1e-3)
-    features = json.loads(Path(found.artifacts[1].path).read_text())["features"]
-    assert len(features) == len(spots)
+    assert len(features(found.artifacts[1])) == len(spots)
     assert any("the 30 largest are listed" in warning for warning in found.warnings)
 
 

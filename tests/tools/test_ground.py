@@ -11,7 +11,7 @@ import pytest
 from affine import Affine
 from planted import BOX_THRESHOLD, NOT_KNOWN, RED, PlantedModel, painted
 from rasterio.warp import transform
-from rasters import UTM, ScriptedClient, write
+from rasters import UTM, ScriptedClient, size, write
 
 from rs_tools.artifacts import PIXEL_SPACE
 from rs_tools.errors import InputError, ServerError
@@ -173,7 +173,7 @@ async def test_radar_is_told_to_the_model_and_what_it_learned_of_it_to_the_calle
 async def test_a_picture_is_made_when_asked_for(tools: Tools) -> None:
     [_, preview] = (await tools.ground("sea.tif", "ship", preview=True)).artifacts
     assert preview.kind == "preview"
-    assert 1000 < Path(preview.path).stat().st_size <= 100_000
+    assert 1000 < size(preview) <= 100_000
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,20 @@ from rs_tools.results import (
     Artifact,
     CaptionResult,
     ClassifyResult,
+    DetectChangeResult,
+    GroundResult,
     InspectResult,
     ListResult,
     Provenance,
     Result,
+    SegmentResult,
     TileGrid,
     VqaResult,
 )
 
-RESULTS: list[type[Result]] = [InspectResult, ListResult, CaptionResult, VqaResult, ClassifyResult]
+RESULTS: list[type[Result]] = [
+    InspectResult, ListResult, CaptionResult, VqaResult, ClassifyResult, GroundResult, SegmentResult, DetectChangeResult
+]  # fmt: skip
 COMMON = {"artifacts", "provenance", "warnings", "georeferenced"}
 
 
@@ -56,6 +61,9 @@ def test_schemas_are_closed_described_and_hold_no_references(model: type[Result]
         (CaptionResult, "caption parts confidence"),
         (VqaResult, "answer kind confidence abstained alternatives evidence"),
         (ClassifyResult, "label score top parts"),
+        (GroundResult, "objects count"),
+        (SegmentResult, "classes"),
+        (DetectChangeResult, "changed caption changed_share changed_area_m2 overlap_share regions"),
     ],
 )
 def test_results_have_exactly_the_agreed_fields(model: type[Result], fields: str) -> None:

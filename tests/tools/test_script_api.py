@@ -10,20 +10,30 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
-from rasters import BUNDLED, noise, scripted_answer, write
+from planted import BLUE, RED, PlantedModel, painted
+from rasters import BUNDLED, UTM, noise, scripted_answer, write
 
 import rs_tools
-from model_server.protocol import decode_request, encode_response
+from model_server.protocol import PerceiveRequest, PerceiveResponse, decode_request, encode_response
 from rs_tools.errors import AccessError, InputError
 
 ROAD = BUNDLED / "yellowstone_road.jpg"
 
 
+class Words(PlantedModel):
+    """The planted model, whose captions are the script's."""
+
+    async def perceive(self, request: PerceiveRequest, tiles: list[np.ndarray]) -> PerceiveResponse:
+        words = request.task == "caption"
+        return scripted_answer(request, len(tiles)) if words else await super().perceive(request, tiles)
+
+
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         request, tiles = decode_request(self.rfile.read(int(self.headers["Content-Length"])))
-        body = encode_response(scripted_answer(request, len(tiles)))
+        body = encode_response(asyncio.run(Words().perceive(request, tiles)))
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -73,6 +83,23 @@ def test_bands_are_chosen_once_for_all_questions(tmp_path: Path, server: str) ->
     scene = rs_tools.open(write(tmp_path / "a.tif", noise(4, 9, 9)), bands=[4, 3, 2], server=server)
     assert scene.caption().provenance.bands == [4, 3, 2]
     assert scene.inspect().provenance.bands == [4, 3, 2]
+
+
+async def test_a_script_gets_boxes_masks_and_change_sync_and_async(tmp_path: Path, server: str) -> None:
+    place = {"photometric": "RGB", "crs": "EPSG:32633", "transform": UTM}
+    (tmp_path / "later").mkdir()
+    early = write(tmp_path / "early.tif", painted(80, 90, ((10, 10, 20, 15), RED)), **place)
+    late = write(tmp_path / "later" / "late.tif", painted(80, 90, ((40, 40, 60, 60), BLUE)), **place)
+    scene = rs_tools.open(early, server=server, artifacts=tmp_path / "files")
+    ships, water = await asyncio.to_thread(scene.ground, "ship"), await asyncio.to_thread(scene.segment, ["water"])
+    assert [one.bbox_px for one in ships.objects] == [[10, 10, 20, 15]]
+    assert water.classes[0].pixels == 0
+    assert (await scene.aground("ship")).objects == ships.objects
+    change = await scene.adetect_change(late)
+    assert [one.bbox_px for one in change.regions] == [[40, 40, 60, 60], [10, 10, 20, 15]]
+    assert (await asyncio.to_thread(scene.detect_change, late)).changed
+    assert (await scene.asegment(["water"])).classes == water.classes
+    assert {path.parent for path in map(Path, (one.path for one in change.artifacts))} == {tmp_path / "files"}
 
 
 def test_the_tools_never_import_torch() -> None:
