@@ -33,6 +33,7 @@ from model_server.protocol import (
     TileVqa,
 )
 from model_server.query import Query
+from model_server.text.agreement import most_agreed
 from model_server.text.answers import answer_kind
 from model_server.text.names import readable
 
@@ -43,7 +44,7 @@ TASK_TOKEN: dict[Task, str] = {
 }  # fmt: skip
 WORDS: tuple[Task, ...] = ("caption", "vqa", "classify")  # answered from the pooled image and the decoder
 DENSE: dict[Task, str] = {"ground": "region", "segment": "pixel", "detect_change": "pixel"}  # and its granularity
-CAPTION_BEAMS, CAPTION_TOKENS, CAPTION_LENGTH_POWER = 3, 40, 0.3
+CAPTION_BEAMS, CAPTION_TOKENS, CAPTION_LENGTH_POWER = 8, 40, 0.3
 ANSWER_BEAMS, ANSWER_TOKENS = 5, 16
 SURE = 0.8  # what a full description names
 
@@ -181,11 +182,12 @@ class Perceiver:
         )
         out = []
         for i, (query, hypotheses) in enumerate(zip(queries, found, strict=True)):
-            best = hypotheses[0]
-            text = sentence(self.tokenizer.decode(best.ids))
+            said = [self.tokenizer.decode(h.ids) for h in hypotheses]
+            best = most_agreed(said, [h.logprob for h in hypotheses])
+            text = sentence(said[best])
             if query.detail == "full":
                 text = " ".join([text, *self._findings(features.pooled[i : i + 1])])
-            out.append(TileCaption(caption=text, confidence=self.calibration.caption(best.score(1.0))))
+            out.append(TileCaption(caption=text, confidence=self.calibration.caption(hypotheses[best].score(1.0))))
         return out
 
     def _findings(self, pooled: Tensor) -> list[str]:

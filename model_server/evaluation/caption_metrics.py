@@ -8,34 +8,23 @@ contractions and hyphens ("built-up" is two words here, one there).
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-Tokens = tuple[str, ...]
-Gram = tuple[str, ...]
+from model_server.text.agreement import ORDERS, Gram, Tokens, grams, tokenize
 
-_ORDERS = 4
+__all__ = ["Cider", "Tokens", "bleu", "cider", "rouge_l", "tokenize"]
+
 _SIGMA = 6.0  # of CIDEr-D's penalty on a difference of lengths
 _BETA = 1.2  # ROUGE-L's weight of recall against precision
 
 
-def tokenize(text: str) -> Tokens:
-    """Words of a caption in lower case, without punctuation."""
-    return tuple(re.sub(r"[\W_]+", " ", text.lower()).split())
-
-
-def grams(tokens: Tokens) -> Counter[Gram]:
-    """Counts of all n-grams of 1 to 4 words."""
-    return Counter(tokens[i : i + n] for n in range(1, _ORDERS + 1) for i in range(len(tokens) - n + 1))
-
-
 def bleu(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> tuple[float, float, float, float]:
     """Corpus BLEU-1..4 with the closest reference length (the shorter of two equally close)."""
-    guessed, correct = [0] * _ORDERS, [0] * _ORDERS
+    guessed, correct = [0] * ORDERS, [0] * ORDERS
     length, reference_length = 0, 0
     for hypothesis, texts in zip(hypotheses, references, strict=True):
         length += len(hypothesis)
@@ -45,13 +34,13 @@ def bleu(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -
             most |= grams(text)
         for gram, count in grams(hypothesis).items():
             correct[len(gram) - 1] += min(count, most[gram])
-        for n in range(_ORDERS):
+        for n in range(ORDERS):
             guessed[n] += max(0, len(hypothesis) - n)
     tiny, small = 1e-15, 1e-9  # as pycocoevalcap keeps the logarithm finite
     scores, product = [], 1.0
     ratio = (length + tiny) / (reference_length + small)
     penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
-    for n in range(_ORDERS):
+    for n in range(ORDERS):
         product *= (correct[n] + tiny) / (guessed[n] + small)
         scores.append(product ** (1 / (n + 1)) * penalty)
     return scores[0], scores[1], scores[2], scores[3]
@@ -114,7 +103,7 @@ class Cider:
         weight = np.array([self._idf[i] for i in shared]) ** 2
         a, b = _dense(left, shared), _dense(right, shared)  # [sentences, shared n-grams]
         total = np.zeros((len(left), len(right)))
-        for n in range(_ORDERS):
+        for n in range(ORDERS):
             columns = orders == n
             x, y = a[:, columns], b[:, columns]
             # min(h, r) * r, summed over n-grams: min(h, r) is the number of levels k that both counts reach.
@@ -124,7 +113,7 @@ class Cider:
             norms = np.outer([v.norms[n] for v in left], [v.norms[n] for v in right])
             total += np.divide(dot, norms, out=dot, where=norms != 0)
         lengths = np.subtract.outer([v.length for v in left], [v.length for v in right])
-        return total / _ORDERS * np.exp(-(lengths**2) / (2 * _SIGMA**2)) * 10
+        return total / ORDERS * np.exp(-(lengths**2) / (2 * _SIGMA**2)) * 10
 
     def _add(self, gram: Gram, documents: int) -> int:
         self._orders.append(len(gram) - 1)
@@ -137,7 +126,7 @@ class Cider:
             return known
         counted = grams(tokens)
         found = sorted((self._ids[g] if g in self._ids else self._add(g, 0), count) for g, count in counted.items())
-        squares = np.zeros(_ORDERS)
+        squares = np.zeros(ORDERS)
         for i, count in found:
             squares[self._orders[i]] += (count * self._idf[i]) ** 2
         ids = np.array([i for i, _ in found], dtype=np.int64)
