@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from model_server.checkpoints.spread import Spread
 from model_server.checkpoints.store import WeightsError
 from model_server.model.config import DecoderConfig, ViTConfig
 
@@ -92,9 +93,13 @@ def open_tensors(folder: Path) -> Tensors:
     """The tensors of all `*.safetensors`, else all `pytorch_model*.bin` (unpickled as plain tensors only), of a folder.
 
     Raises:
-        WeightsError: there are none, or a file cannot be read.
+        WeightsError: there are none, a file cannot be read, or one that an index names is not there.
     """
     found: Tensors = {}
+    for index in folder.glob("*.index.json"):
+        absent = sorted({name for name in read_json(index)["weight_map"].values() if not (folder / name).is_file()})
+        if absent:
+            raise WeightsError(f"{folder} is not whole: {index.name} names {', '.join(absent)}, which are not there")
     for path in sorted(folder.glob("*.safetensors")):
         try:
             file = safe_open(path, framework="pt")
@@ -277,8 +282,14 @@ def vit_config(raw: Mapping[str, Any], defaults: ViTConfig) -> ViTConfig:
     )
 
 
-def empty(model: Callable[[], M], device: str, dtype: torch.dtype) -> M:
-    """Build a model without computing its random start: memory that `fill` then fills."""
+def empty(model: Callable[[], M], device: str, dtype: torch.dtype, spread: Spread | None = None) -> M:
+    """Build a model without computing its random start: memory that `fill` then fills, on one device or spread.
+
+    Raises:
+        MissingAccelerate, DoesNotFit: see spread.py.
+    """
+    if spread is not None:
+        return spread.empty(model, dtype)
     with torch.device("meta"):
         built = model()
     return built.to(dtype).to_empty(device=device)

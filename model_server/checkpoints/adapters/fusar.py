@@ -31,6 +31,7 @@ from model_server.checkpoints.published import (
     read_json,
     require,
 )
+from model_server.checkpoints.spread import Spread
 from model_server.checkpoints.store import WeightsError
 from model_server.model.config import ModulationConfig, QwenVisionConfig, QwenVLConfig
 from model_server.model.qwen_vl import QwenVLM
@@ -118,7 +119,8 @@ def vision_config(raw: Mapping[str, Any], width: int) -> QwenVisionConfig:
 
 
 def load(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32,
-         overrides: Mapping[str, Any] | None = None, base: Path | None = None) -> tuple[QwenVLM, Report]:  # fmt: skip
+         overrides: Mapping[str, Any] | None = None, base: Path | None = None,
+         spread: Spread | None = None) -> tuple[QwenVLM, Report]:  # fmt: skip
     """Read an adapter's folder with its base.
 
     Args:
@@ -126,6 +128,7 @@ def load(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float3
         device, dtype: where and how the tensors are kept. The modulation stays in float32, as published.
         overrides: replace fields of tlm_config.json; `sigma` must be given for old checkpoints without that file.
         base: the base's folder, if it is elsewhere.
+        spread: over devices instead of on `device`.
 
     Raises:
         LayoutError: tensors are missing, unexpected or of another shape.
@@ -138,7 +141,7 @@ def load(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float3
         raise UnsupportedLayout(f"{adapter} has no {TLM}; give the sigma it was trained with (the authors' was 2)")
     config = read_config(read_json(base / "config.json"), tlm)
     tensors, stray = _merged(base, adapter)
-    model = empty(lambda: QwenVLM(config), device, dtype)
+    model = empty(lambda: QwenVLM(config), device, dtype, spread)
     if model.modulation is not None:
         model.modulation.float()
     tied = (r"lm_head\.weight",) if config.decoder.tied else ()
@@ -146,7 +149,8 @@ def load(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float3
     report.unexpected.extend(stray)
     if not report.fits:
         raise LayoutError(folder, report)
-    return model.eval().requires_grad_(False), report
+    model = model.eval().requires_grad_(False)
+    return (model if spread is None else spread.dispatch(model)), report
 
 
 def plan(config: QwenVLConfig) -> Plan:

@@ -34,6 +34,7 @@ from model_server.checkpoints.published import (
     vit_config,
     vit_plan,
 )
+from model_server.checkpoints.spread import Spread
 from model_server.checkpoints.store import WeightsError
 from model_server.model.config import DetailConfig, LlavaConfig, MergeConfig, ViTConfig
 from model_server.model.llava import LlavaVLM
@@ -155,8 +156,10 @@ def _rope_base(tensors: Tensors, configured: float) -> float:
 
 
 def load(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32,
-         overrides: Mapping[str, Any] | None = None) -> tuple[LlavaVLM, Report]:  # fmt: skip
-    """Read a checkpoint's folder and its tower's; `overrides` replace fields of its config.json.
+         overrides: Mapping[str, Any] | None = None,
+         spread: Spread | None = None) -> tuple[LlavaVLM, Report]:  # fmt: skip
+    """Read a checkpoint's folder and its tower's; `overrides` replace fields of its config.json; `spread`:
+    over devices.
 
     Raises:
         LayoutError: tensors are missing, unexpected or of another shape.
@@ -165,12 +168,13 @@ def load(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float3
     raw = {**read_json(folder / "config.json"), **(overrides or {})}
     tensors = open_tensors(folder)
     config = read_config(folder, raw, tensors)
-    model = empty(lambda: LlavaVLM(config), device, dtype)
+    model = empty(lambda: LlavaVLM(config), device, dtype, spread)
     tied = (r"lm_head\.weight",) if config.decoder.tied else ()
     report = fill(model, plan(config), {**tensors, **open_tensors(_tower(folder, raw))}, (*UNUSED, *tied))
     if not report.fits:
         raise LayoutError(folder, report)
-    return model.eval().requires_grad_(False), report
+    model = model.eval().requires_grad_(False)
+    return (model if spread is None else spread.dispatch(model)), report
 
 
 def plan(config: LlavaConfig) -> Plan:

@@ -35,6 +35,7 @@ from model_server.checkpoints.published import (
     vit_config,
     vit_plan,
 )
+from model_server.checkpoints.spread import Spread
 from model_server.model.config import EXPERTS, LlavaConfig, MergeConfig, ViTConfig
 from model_server.model.llava import LlavaVLM
 
@@ -106,19 +107,21 @@ def read_config(folder: Path, raw: Mapping[str, Any]) -> LlavaConfig:
 
 
 def load(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32,
-         overrides: Mapping[str, Any] | None = None) -> tuple[LlavaVLM, Report]:  # fmt: skip
-    """Read a checkpoint's folder; `overrides` replace fields of its config.json.
+         overrides: Mapping[str, Any] | None = None,
+         spread: Spread | None = None) -> tuple[LlavaVLM, Report]:  # fmt: skip
+    """Read a checkpoint's folder; `overrides` replace fields of its config.json; `spread`: over devices.
 
     Raises:
         LayoutError: tensors are missing, unexpected or of another shape.
         WeightsError: a file is missing or unreadable, or asks for what is not computed here.
     """
     config = read_config(folder, {**read_json(folder / "config.json"), **(overrides or {})})
-    model = empty(lambda: LlavaVLM(config), device, dtype)
+    model = empty(lambda: LlavaVLM(config), device, dtype, spread)
     report = fill(model, plan(config), _tensors(folder, config), _unused(config))
     if not report.fits:
         raise LayoutError(folder, report)
-    return model.eval().requires_grad_(False), report
+    model = model.eval().requires_grad_(False)
+    return (model if spread is None else spread.dispatch(model)), report
 
 
 def plan(config: LlavaConfig) -> Plan:
