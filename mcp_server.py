@@ -180,7 +180,7 @@ async def detect_change(
     after: Annotated[
         str, Field(description="Path of the later image, of the same place and kind; it is laid on the earlier's grid")
     ],
-    query: Annotated[str, Field(description="Kind of change asked for; empty for any")] = "",
+    query: Annotated[str, Field(description="Kind of change you look for; a note only: every change is reported")] = "",
     region: Region = EMPTY,
     bands: Bands = EMPTY,
     preview: Preview = False,

@@ -35,6 +35,7 @@ def detected(
     painted: Painted | None,
     shift: Shift | None,
     scenes: Sequence[TileCaption],
+    query: str,
 ) -> DetectChangeResult:
     """The answer without its files; `painted` is None while the mask is unfinished.
 
@@ -51,7 +52,7 @@ def detected(
         changed_area_m2=area,
         overlap_share=pair.overlap_share if pair else 0.0,
         regions=regions,
-        **common(call, seen, _said(painted, shift)),
+        **common(call, seen, _said(painted, shift, query)),
     )
 
 
@@ -126,8 +127,12 @@ def _inline(caption: str) -> str:
     return f'"{caption.strip().rstrip(".")}"'
 
 
-def _said(painted: Painted | None, shift: Shift | None) -> list[str]:
+def _said(painted: Painted | None, shift: Shift | None, query: str) -> list[str]:
     warnings = []
+    if query:
+        warnings.append(
+            f"The model does not tell kinds of change apart: every change is reported, whether or not it is {query!r}."
+        )
     if shift is not None and max(abs(shift.x), abs(shift.y)) > _SHIFTED:
         warnings.append(
             f"The later image seems to lie {shift.x:+.1f} pixels to the right and {shift.y:+.1f} down of the earlier "

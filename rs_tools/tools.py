@@ -300,12 +300,12 @@ class Tools:
         request = PerceiveRequest(task="detect_change", text=phrase, gsd_m=call.tile_gsd_m, modality=call.modality)
         seen, painted = await self._painted(
             call, request, lambda response: response.changes, changing.maps, painter,
-            lambda seen: changing.detected(call, painter, seen, None, shift, ()), progress,
+            lambda seen: changing.detected(call, painter, seen, None, shift, (), phrase), progress,
         )  # fmt: skip
         scenes = await self._scene_captions(call) if painted is not None and painted.areas else []
 
         def finish() -> DetectChangeResult:
-            result = changing.detected(call, painter, seen, painted, shift, scenes)
+            result = changing.detected(call, painter, seen, painted, shift, scenes, phrase)
             if painted is not None:
                 result.artifacts = changing.written(call, Output(store, preview), painted, result)
             return result

@@ -10,7 +10,7 @@ import pytest
 import rasterio
 from affine import Affine
 from planted import BLUE, BROWN, PlantedModel, painted
-from rasterio.warp import calculate_default_transform, reproject
+from rasterio.warp import calculate_default_transform, reproject, transform
 from rasters import UTM, features, noise, write
 
 from rs_tools.changing import MAX_REGIONS
@@ -64,6 +64,7 @@ async def test_what_changed_is_told_in_regions_figures_words_and_a_mask(tools: T
     assert found.caption.startswith("2 regions changed: 5.50% of what both images show")
     assert "The largest, 91% of the change, lies in the upper left." in found.caption
     assert '"Green fields" and the later one as "A lake"' in found.caption
+    assert any("whether or not it is 'new water'" in warning for warning in found.warnings)
     request = model.requests[0]
     assert (request.task, request.text, request.modality) == ("detect_change", "new water", "optical")
     assert request.gsd_m == pytest.approx(10, rel=1e-3)
@@ -81,9 +82,10 @@ async def test_outlines_of_regions_are_closed_rings_on_earth(tools: Tools) -> No
     ring = np.array(found.regions[0].polygon_lonlat)
     assert (ring[0] == ring[-1]).all()
     x1, y1, x2, y2 = LAKE
-    lon, lat = rasterio.warp.transform("EPSG:32633", "EPSG:4326", *zip(UTM * (x1, y1), UTM * (x2, y2), strict=True))
-    assert ring.min(axis=0) == pytest.approx((min(lon), min(lat)), abs=1e-4)
-    assert ring.max(axis=0) == pytest.approx((max(lon), max(lat)), abs=1e-4)
+    corners = [UTM * corner for corner in ((x1, y1), (x2, y1), (x2, y2), (x1, y2))]
+    lon, lat = transform("EPSG:32633", "EPSG:4326", *zip(*corners, strict=True))
+    assert ring.min(axis=0) == pytest.approx((min(lon), min(lat)), abs=2e-6)
+    assert ring.max(axis=0) == pytest.approx((max(lon), max(lat)), abs=2e-6)
 
 
 async def test_the_same_image_twice_has_not_changed_and_nobody_describes_it(tools: Tools, model: PlantedModel) -> None:

@@ -189,8 +189,9 @@ async def test_a_picture_is_made_when_asked_for(tools: Tools) -> None:
 async def test_what_cannot_be_asked_is_refused_with_the_limit(
     tools: Tools, model: PlantedModel, wrong: dict[str, Any], message: str
 ) -> None:
+    asked: dict[str, Any] = {"query": "ship", **wrong}
     with pytest.raises(InputError, match=message):
-        await tools.ground("sea.tif", **{"query": "ship"} | wrong)
+        await tools.ground("sea.tif", **asked)
     assert model.requests == []
 
 

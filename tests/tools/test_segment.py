@@ -88,7 +88,8 @@ async def test_areas_are_geodesic_and_outlines_cover_what_the_mask_covers(tools:
         assert (file.crs.to_epsg(), file.transform, file.nodata) == (32633, UTM, 255)
         for feature in outlines:
             back = transform_geom("EPSG:4326", file.crs, feature["geometry"])
-            drawn = rasterize([back], (HEIGHT, WIDTH), transform=file.transform)
+            drawn = np.zeros((HEIGHT, WIDTH), np.uint8)
+            rasterize([back], out=drawn, transform=file.transform)
             assert np.array_equal(drawn == 1, (truth() == feature["properties"]["value"]) & (drawn == 1))
             assert drawn.sum() == feature["properties"]["pixels"]
     soil = next(one for one in outlines if one["properties"]["label"] == "soil")
