@@ -81,7 +81,7 @@ def describe(config: AnyConfig, context: int = 2048) -> Description:
     decoder, encode = _halves(model)
     c = decoder.config
     columns = tuple(_tasks(e) for e in c.experts) + ((DENSE,) if dense is not None else ())
-    with torch.no_grad(), attention_backend(Backend.MATH), torch.device("meta"):
+    with torch.no_grad(), attention_backend(Backend.MATH):
         found: list[int] = []
         image = _flops(lambda: found.append(encode()))
         prefill = _flops(lambda: _decode(decoder, found[0], 0))
@@ -106,11 +106,11 @@ def _flops(run: Callable[[], object]) -> int:
 def _decode(decoder: Decoder, tokens: int, behind: int) -> None:
     """Run `tokens` tokens and the output layer for the last of them, over a cache of `behind` others."""
     c = decoder.config
-    x = torch.empty(1, tokens, c.width)
+    x = torch.empty(1, tokens, c.width, device="meta")
     cache = KVCache(c.layers, 1, c.kv_heads, behind + tokens, c.width // c.heads, x)
     cache.filled = behind
-    positions = torch.zeros((3, 1, tokens) if c.rope_sections else (1, tokens))
-    hidden = decoder(x, positions, "causal", torch.zeros(1, dtype=torch.long, device="cpu"), cache=cache)
+    positions = torch.zeros((3, 1, tokens) if c.rope_sections else (1, tokens), device="meta")
+    hidden = decoder(x, positions, "causal", torch.zeros(1, dtype=torch.long), cache=cache)
     decoder.logits(hidden[:, -1])
 
 
@@ -125,27 +125,27 @@ def _halves(model: nn.Module) -> tuple[Decoder, Callable[[], int]]:
             return model.decoder, partial(_encode_qwen, model)
         case AquilaVLM():
             side = model.config.image_size
-            return model.decoder, lambda: model.encode(torch.empty(1, 3, side, side)).tokens.shape[1]
+            return model.decoder, lambda: model.encode(torch.empty(1, 3, side, side, device="meta")).tokens.shape[1]
         case _:
             raise TypeError(f"no such model: {type(model).__name__}")
 
 
 def _encode_rsvlm(model: RSVLM) -> int:
     side = model.config.image_size
-    return model.encode(torch.empty(1, 3, side, side, dtype=torch.uint8)).visual.shape[1]
+    return model.encode(torch.empty(1, 3, side, side, dtype=torch.uint8, device="meta")).visual.shape[1]
 
 
 def _encode_llava(model: LlavaVLM) -> int:
     side = model.config.vision.image_size
-    return model.encode([torch.empty(1, 3, side, side)])[0].tokens.shape[0]
+    return model.encode([torch.empty(1, 3, side, side, device="meta")])[0].tokens.shape[0]
 
 
 def _encode_qwen(model: QwenVLM) -> int:
     c = model.config.vision
     side = model.config.image_size // c.patch
-    tokens = model.tower(torch.empty(side**2, 3 * c.frames * c.patch**2), [(side, side)])
+    tokens = model.tower(torch.empty(side**2, 3 * c.frames * c.patch**2, device="meta"), [(side, side)])
     if model.modulation is not None:
-        model.modulation.film(torch.empty(ANCHORS, model.modulation.config.vector_width))
+        model.modulation.film(torch.empty(ANCHORS, model.modulation.config.vector_width, device="meta"))
     return len(tokens)
 
 
