@@ -24,6 +24,7 @@ from model_server.model.rsvlm import Features
 from model_server.model.vision import square
 from model_server.protocol import (
     ModelInfo,
+    PerceiveRequest,
     RankedAnswer,
     Task,
     TaskNotServed,
@@ -44,7 +45,7 @@ TASK_TOKEN: dict[Task, str] = {
 }  # fmt: skip
 WORDS: tuple[Task, ...] = ("caption", "vqa", "classify")  # answered from the pooled image and the decoder
 DENSE: dict[Task, str] = {"ground": "region", "segment": "pixel", "detect_change": "pixel"}  # and its granularity
-CAPTION_BEAMS, CAPTION_TOKENS, CAPTION_LENGTH_POWER = 8, 40, 0.3
+CAPTION_BEAMS, CAPTION_TOKENS, CAPTION_LENGTH_POWER = 3, 40, 0.3
 ANSWER_BEAMS, ANSWER_TOKENS = 5, 16
 SURE = 0.8  # what a full description names
 
@@ -99,6 +100,12 @@ class Perceiver:
     def route(self, task: Task) -> tuple[str, str]:
         """Task token and expert that serve a task."""
         return TASK_TOKEN[task], DENSE.get(task) or ROUTES[TASK_TOKEN[task]]
+
+    def warnings(self, request: PerceiveRequest) -> list[str]:
+        """What of a request does not bear on its answer."""
+        if request.task == "detect_change" and request.text.strip():
+            return ["This model tells changed from unchanged ground, not one kind of change from another."]
+        return []
 
     @torch.inference_mode()
     def answer(self, queries: Sequence[Query]) -> list[TileAnswer]:
