@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from model_server.protocol import (
+    DENSE_TASKS,
     MAX_TILES,
     PerceiveRequest,
     PerceiveResponse,
-    Task,
     TaskNotServed,
     TileAnswer,
     TileCaption,
@@ -44,7 +44,6 @@ logger = logging.getLogger(__name__)
 
 MAX_BATCH = 16
 DENSE_COST = 4  # places in a batch of a tile whose pixels are answered: it takes about so many times as long
-DENSE_TASKS: frozenset[Task] = frozenset({"ground", "segment", "detect_change"})
 MAX_WAITING = 2 * MAX_TILES
 
 
@@ -294,5 +293,6 @@ def _response(perceiver: Perceiver, job: _Job, elapsed_s: float) -> PerceiveResp
         model=perceiver.info,
         task_token=task_token,
         expert=expert,
+        warnings=perceiver.warnings(job.request),
         elapsed_s=elapsed_s,
     )

@@ -28,6 +28,7 @@ MAX_MASK_BYTES = 256 * 2**20  # of all masks of one answer: classes times pixels
 
 Task = Literal["caption", "vqa", "classify", "ground", "segment", "detect_change"]
 Modality = Literal["optical", "sar"]
+DENSE_TASKS: tuple[Task, ...] = ("ground", "segment", "detect_change")  # answered pixel by pixel
 UnitFloat = Annotated[float, Field(ge=0, le=1)]
 Label = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_LENGTH)]
 AnswerKind = Literal["yes_no", "count", "area", "category", "text"]

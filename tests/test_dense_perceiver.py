@@ -17,7 +17,7 @@ from model_server.dense_perceiver import FLOOR, DensePerceiver
 from model_server.known_phrases import KnownPhrases
 from model_server.model.dense import DenseBranch, Found, Maps
 from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver, Query
-from model_server.protocol import TaskNotServed, TileCaption, TileChange, TileMasks, TileObjects
+from model_server.protocol import PerceiveRequest, TaskNotServed, TileCaption, TileChange, TileMasks, TileObjects
 from model_server.text.concepts import DISTRACTORS, every_phrase
 from model_server.working_scale import MAX_LOOK_PIXELS, bounded
 
@@ -207,6 +207,12 @@ def test_thresholds_are_those_of_the_nearest_concept_and_scores_are_calibrated(d
         assert answer.threshold == threshold
     assert isinstance(masks, TileMasks)
     assert (masks.thresholds, masks.known) == ([0.6, 0.4], [True, False])
+
+
+def test_a_kind_of_change_that_cannot_be_told_apart_is_said(perceiver: Perceiver) -> None:
+    (warning,) = perceiver.warnings(PerceiveRequest(task="detect_change", text="new buildings"))
+    assert "not one kind of change from another" in warning
+    assert perceiver.warnings(PerceiveRequest(task="detect_change")) == []
 
 
 def test_a_checkpoint_without_the_branch_says_what_it_can_do(debug_weights: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from model_server.protocol import (
     ModelInfo,
+    PerceiveRequest,
     Task,
     TileAnswer,
     TileCaption,
@@ -42,6 +43,9 @@ class ScriptedPerceiver:
 
     def route(self, task: str) -> tuple[str, str]:
         return f"[{task}]", "image"
+
+    def warnings(self, request: PerceiveRequest) -> list[str]:
+        return []
 
     def answer(self, queries: Sequence[Query]) -> list[TileAnswer]:
         colours = [int(query.image[0, 0, 0]) for query in queries]
