@@ -45,7 +45,7 @@ TASK_TOKEN: dict[Task, str] = {
 }  # fmt: skip
 WORDS: tuple[Task, ...] = ("caption", "vqa", "classify")  # answered from the pooled image and the decoder
 DENSE: dict[Task, str] = {"ground": "region", "segment": "pixel", "detect_change": "pixel"}  # and its granularity
-CAPTION_BEAMS, CAPTION_TOKENS, CAPTION_LENGTH_POWER = 8, 40, 0.3
+CAPTION_BEAMS, CAPTION_TOKENS, CAPTION_LENGTH_POWER = 3, 40, 0.3
 ANSWER_BEAMS, ANSWER_TOKENS = 5, 16
 SURE = 0.8  # what a full description names
 
