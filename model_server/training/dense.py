@@ -30,7 +30,7 @@ from model_server.training.language import trained_vision
 from model_server.training.sentences import sentence_vectors
 from model_server.training.start import sentence_parts
 
-ORDER = ("boxes", "change", "masks", "boxes", "change")
+ORDER = ("boxes", "masks", "change", "boxes", "masks")
 BATCHES = {"boxes": (6, 320), "masks": (8, 256), "change": (6, 256)}  # views and their side; a change view is a pair
 
 
@@ -41,7 +41,7 @@ class DenseRun:
     data: Path
     run: Path
     config: str = "nano"
-    steps: int = 6000
+    steps: int = 7600
     batch: int | None = None
     side: int | None = None
     rate: float = 2.5e-4
