@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import rasterio
@@ -24,7 +25,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with two images, and a model that sees what is painted."""
     monkeypatch.setattr(cli, "ModelClient", Client)
     monkeypatch.setenv("RS_PERCEPTION_STATE", str(tmp_path / "state"))
-    place = {"photometric": "RGB", "crs": "EPSG:32633", "transform": UTM}
+    place: dict[str, Any] = {"photometric": "RGB", "crs": "EPSG:32633", "transform": UTM}
     write(tmp_path / "bay.tif", painted(80, 90, ((10, 10, 20, 15), RED)), **place)
     write(tmp_path / "bay_2.tif", painted(80, 90, ((40, 40, 60, 60), BLUE)), **place)
     return tmp_path

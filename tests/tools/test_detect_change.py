@@ -10,6 +10,7 @@ import pytest
 import rasterio
 from affine import Affine
 from planted import BLUE, BROWN, PlantedModel, painted
+from rasterio.transform import array_bounds
 from rasterio.warp import calculate_default_transform, reproject, transform
 from rasters import UTM, features, noise, write
 
@@ -83,7 +84,7 @@ async def test_outlines_of_regions_are_closed_rings_on_earth(tools: Tools) -> No
     assert (ring[0] == ring[-1]).all()
     x1, y1, x2, y2 = LAKE
     corners = [UTM * corner for corner in ((x1, y1), (x2, y1), (x2, y2), (x1, y2))]
-    lon, lat = transform("EPSG:32633", "EPSG:4326", *zip(*corners, strict=True))
+    lon, lat, *_ = transform("EPSG:32633", "EPSG:4326", *zip(*corners, strict=True))
     assert ring.min(axis=0) == pytest.approx((min(lon), min(lat)), abs=2e-6)
     assert ring.max(axis=0) == pytest.approx((max(lon), max(lat)), abs=2e-6)
 
@@ -97,14 +98,14 @@ async def test_the_same_image_twice_has_not_changed_and_nobody_describes_it(tool
 
 async def test_a_later_image_in_another_projection_is_laid_on_the_earlier_grid(tools: Tools, tmp_path: Path) -> None:
     after = painted(HEIGHT, WIDTH, (LAKE, BLUE))
-    bounds = rasterio.transform.array_bounds(HEIGHT, WIDTH, UTM)
+    bounds = array_bounds(HEIGHT, WIDTH, UTM)
     grid, width, height = calculate_default_transform("EPSG:32633", "EPSG:3857", WIDTH, HEIGHT, *bounds)
     assert width is not None
     assert height is not None
     moved = np.zeros((3, height, width), np.uint8)
     reproject(after, moved, src_transform=UTM, src_crs="EPSG:32633", dst_transform=grid, dst_crs="EPSG:3857")
-    place = {"crs": "EPSG:3857", "transform": grid}
-    write(tmp_path / "images" / "web.tif", moved, nodata=0, **PLACED | place)
+    place: dict[str, Any] = PLACED | {"crs": "EPSG:3857", "transform": grid}
+    write(tmp_path / "images" / "web.tif", moved, nodata=0, **place)
     found = await tools.detect_change("before.tif", "web.tif")
     assert found.overlap_share > 0.95
     [region] = found.regions
@@ -164,7 +165,7 @@ async def test_pairs_that_cannot_be_compared_are_refused_with_both_extents(
     tools: Tools, model: PlantedModel, tmp_path: Path
 ) -> None:
     images = tmp_path / "images"
-    far = PLACED | {"transform": Affine(10, 0, 600_000, 0, -10, 5_000_000)}
+    far: dict[str, Any] = PLACED | {"transform": Affine(10, 0, 600_000, 0, -10, 5_000_000)}
     write(images / "far.tif", painted(50, 50), **far)
     write(images / "plain.png", painted(50, 50), driver="PNG")
     write(images / "radar.tif", painted(HEIGHT, WIDTH)[:2], descriptions=["VV", "VH"], crs="EPSG:32633", transform=UTM)

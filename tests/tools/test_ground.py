@@ -76,10 +76,11 @@ async def test_polygons_are_the_boxes_on_earth_whatever_the_grid(
 ) -> None:
     (tmp_path / "images").mkdir()
     image = painted(300, 400, ((100, 50, 160, 90), RED))
-    write(tmp_path / "images" / "a.tif", image, **PLACED | {"transform": grid})
+    place: dict[str, Any] = PLACED | {"transform": grid}
+    write(tmp_path / "images" / "a.tif", image, **place)
     found = await over(tmp_path, model).ground("a.tif", "ship")
     corners = [grid * corner for corner in ((100, 50), (160, 50), (160, 90), (100, 90))]
-    lon, lat = transform("EPSG:32633", "EPSG:4326", *zip(*corners, strict=True))  # GDAL's, not this project's
+    lon, lat, *_ = transform("EPSG:32633", "EPSG:4326", *zip(*corners, strict=True))  # GDAL's, not this project's
     [one] = found.objects
     assert one.polygon_lonlat is not None
     assert one.polygon_lonlat[0] == one.polygon_lonlat[-1]
@@ -97,8 +98,8 @@ async def test_pixels_finer_than_the_model_knows_are_sent_coarser_and_come_back_
 ) -> None:
     (tmp_path / "images").mkdir()
     image = painted(400, 600, ((100, 40, 140, 80), RED))
-    fine = Affine(0.05, 0, 400_000, 0, -0.05, 5_000_000)
-    write(tmp_path / "images" / "a.tif", image, **PLACED | {"transform": fine})
+    fine: dict[str, Any] = PLACED | {"transform": Affine(0.05, 0, 400_000, 0, -0.05, 5_000_000)}
+    write(tmp_path / "images" / "a.tif", image, **fine)
     found = await over(tmp_path, model).ground("a.tif", "ship")
     assert model.tiles[0].shape == (200, 300, 3)
     assert model.requests[0].gsd_m == pytest.approx(0.1, rel=1e-3)

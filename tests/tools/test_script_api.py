@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,7 +87,7 @@ def test_bands_are_chosen_once_for_all_questions(tmp_path: Path, server: str) ->
 
 
 async def test_a_script_gets_boxes_masks_and_change_sync_and_async(tmp_path: Path, server: str) -> None:
-    place = {"photometric": "RGB", "crs": "EPSG:32633", "transform": UTM}
+    place: dict[str, Any] = {"photometric": "RGB", "crs": "EPSG:32633", "transform": UTM}
     (tmp_path / "later").mkdir()
     early = write(tmp_path / "early.tif", painted(80, 90, ((10, 10, 20, 15), RED)), **place)
     late = write(tmp_path / "later" / "late.tif", painted(80, 90, ((40, 40, 60, 60), BLUE)), **place)
