@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_attention.py [--out attention.json] [--repeats 20]
 
-Prints a table: milliseconds (median, by CUDA events) of the forward pass, and of forward and backward together where the
-shape is one that is trained, with the reason for each backend that cannot take part. Each result is held to the float32
-equation first. Without a GPU it says so and ends with 2: a CPU's times would say nothing about these kernels.
+Prints a table: milliseconds (median, by CUDA events) of the forward pass, and of forward and backward together where
+the shape is one that is trained, with the reason for each backend that cannot take part. Each result is held to the
+float32 equation first. Without a GPU it says so and ends with 2: a CPU's times would say nothing about these kernels.
 """
 
 from __future__ import annotations
@@ -144,8 +144,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table.add_row(t.shape, t.backend, *shown, t.refused)
     Console().print(table)
     if options.out is not None:
-        where = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__, "python": platform.python_version()}
-        options.out.write_text(json.dumps({**where, "timings": [asdict(t) for t in timings]}, indent=1) + "\n")
+        where = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__}
+        figures = {**where, "python": platform.python_version(), "timings": [asdict(t) for t in timings]}
+        options.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

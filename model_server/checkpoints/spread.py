@@ -1,8 +1,8 @@
 """Large checkpoints over several devices and the disk, through `accelerate`.
 
 The network is built without memory, its repeated blocks are given to devices in order until each is full, and what no
-device holds lies in files. Tensors are then read straight to their places, one at a time, so that loading never needs more
-memory than the result. Everything that is no repeated block stays on the main device.
+device holds lies in files. Tensors are then read straight to their places, one at a time, so that loading never needs
+more memory than the result. Everything that is no repeated block stays on the main device.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a config amounts to, found on the meta device: no weights are allocated and nothing is downloaded.
 
-Parameters are counted by part, and for each expert those that a request of its tasks touches ("active", which the papers
+Parameters are counted by part, and for each expert those that a request of its tasks touches ("active", which papers
 call runtime parameters). Operations are counted by running the network's own code on shapes; a multiplication and its
 addition are two. Norms, activations and softmax are not counted.
 """
@@ -22,6 +22,8 @@ from model_server.model.config import DecoderConfig, ModelConfig
 from model_server.model.decoder import Decoder
 from model_server.model.dense import DenseBranch
 from model_server.model.experts import ROUTES
+from model_server.model.fusion import Windows
+from model_server.model.injection import Details, StepDetails
 from model_server.model.llava import LlavaVLM
 from model_server.model.presets import AnyConfig, build
 from model_server.model.qwen_vl import QwenVLM
@@ -43,8 +45,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Description:
-    """Figures of one config. FLOPs: of one image up to its tokens, of the decoder over those tokens, and of one more
-    token behind `context` others. `visual_tokens` are what an image takes of a sequence."""
+    """Figures of one config. FLOPs: of one image up to its tokens, of the decoder over those tokens (with MDA and
+    injection), and of one more token behind `context` others. `visual_tokens` are what an image takes of a sequence."""
 
     name: str
     columns: tuple[str, ...]
@@ -80,20 +82,41 @@ def describe(config: AnyConfig, context: int = 2048) -> Description:
             model.backbone.fold_norms()  # as it is stored and served
     decoder, encode = _halves(model)
     c = decoder.config
-    columns = tuple(_tasks(e) for e in c.experts) + ((DENSE,) if dense is not None else ())
+    columns = _columns(model, c)
     with torch.no_grad(), attention_backend(Backend.MATH):
-        found: list[int] = []
+        found: list[Seen] = []
         image = _flops(lambda: found.append(encode()))
-        prefill = _flops(lambda: _decode(decoder, found[0], 0))
-        token = _flops(lambda: _decode(decoder, 1, context))
+        (seen,) = found
+        prefill = _flops(lambda: _decode(decoder, seen.tokens, 0, seen.windows, seen.details))
+        steps = None if seen.details is None else seen.details.steps
+        token = _flops(lambda: _decode(decoder, 1, context, None, steps))
     return Description(
-        config.name, columns, tuple(_parts(model, dense, c)), found[0], image, prefill, token, context,
-        2 * c.layers * c.kv_heads * (c.width // c.heads),
-    )  # fmt: skip
+        name=config.name,
+        columns=(*columns, DENSE) if dense is not None else tuple(columns),
+        parts=tuple(_parts(model, dense, c, columns)),
+        visual_tokens=seen.tokens,
+        image_flops=image,
+        prefill_flops=prefill,
+        token_flops=token,
+        context=context,
+        cache_elements=2 * c.layers * c.kv_heads * (c.width // c.heads),
+    )
 
 
-def _tasks(expert: str) -> str:
-    return f"{expert}: {' '.join(token for token, wanted in ROUTES.items() if wanted == expert)}"
+def _columns(model: nn.Module, c: DecoderConfig) -> list[str]:
+    """The experts with their task tokens; a model that has none serves every task with what it has."""
+    if len(c.experts) == 1 and not isinstance(model, RSVLM):
+        return ["every task"]
+    return [f"{e}: {' '.join(token for token, wanted in ROUTES.items() if wanted == e)}" for e in c.experts]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An encoded image: its tokens in the sequence, and what decoder layers look at again."""
+
+    tokens: int
+    windows: Windows | None = None
+    details: Details | None = None
 
 
 def _flops(run: Callable[[], object]) -> int:
@@ -103,19 +126,20 @@ def _flops(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def _decode(decoder: Decoder, tokens: int, behind: int) -> None:
+def _decode(decoder: Decoder, tokens: int, behind: int, windows: Windows | None,
+            details: Details | StepDetails | None) -> None:  # fmt: skip
     """Run `tokens` tokens and the output layer for the last of them, over a cache of `behind` others."""
     c = decoder.config
     x = torch.empty(1, tokens, c.width, device="meta")
     cache = KVCache(c.layers, 1, c.kv_heads, behind + tokens, c.width // c.heads, x)
     cache.filled = behind
     positions = torch.zeros((3, 1, tokens) if c.rope_sections else (1, tokens), device="meta")
-    hidden = decoder(x, positions, "causal", torch.zeros(1, dtype=torch.long), cache=cache)
+    hidden = decoder(x, positions, "causal", torch.zeros(1, dtype=torch.long), windows, cache, details)
     decoder.logits(hidden[:, -1])
 
 
-def _halves(model: nn.Module) -> tuple[Decoder, Callable[[], int]]:
-    """The decoder, and what encodes one image and says how many tokens it became."""
+def _halves(model: nn.Module) -> tuple[Decoder, Callable[[], Seen]]:
+    """The decoder, and what encodes one image."""
     match model:
         case RSVLM():
             return model.decoder, partial(_encode_rsvlm, model)
@@ -124,29 +148,40 @@ def _halves(model: nn.Module) -> tuple[Decoder, Callable[[], int]]:
         case QwenVLM():
             return model.decoder, partial(_encode_qwen, model)
         case AquilaVLM():
-            side = model.config.image_size
-            return model.decoder, lambda: model.encode(torch.empty(1, 3, side, side, device="meta")).tokens.shape[1]
+            return model.decoder, partial(_encode_aquila, model)
         case _:
             raise TypeError(f"no such model: {type(model).__name__}")
 
 
-def _encode_rsvlm(model: RSVLM) -> int:
+def _encode_rsvlm(model: RSVLM) -> Seen:
     side = model.config.image_size
-    return model.encode(torch.empty(1, 3, side, side, dtype=torch.uint8, device="meta")).visual.shape[1]
+    features = model.encode(torch.empty(1, 3, side, side, dtype=torch.uint8, device="meta"))
+    return Seen(features.visual.shape[1], features.windows, model.details(features))
 
 
-def _encode_llava(model: LlavaVLM) -> int:
+def _encode_aquila(model: AquilaVLM) -> Seen:
+    side = model.config.image_size
+    scenes = model.encode(torch.empty(1, 3, side, side, device="meta"))
+    return Seen(scenes.tokens.shape[1], scenes.windows)
+
+
+def _encode_llava(model: LlavaVLM) -> Seen:
     side = model.config.vision.image_size
-    return model.encode([torch.empty(1, 3, side, side, device="meta")])[0].tokens.shape[0]
+    (image,) = model.encode([torch.empty(1, 3, side, side, device="meta")])
+    details = None
+    if image.stacks is not None and model.config.inject_layers:
+        rows, real = torch.zeros(1, dtype=torch.long, device="meta"), torch.ones(1, len(image.tokens), device="meta")
+        details = Details(rows, image.stacks[None], real.bool(), 1, model.config.inject_steps)
+    return Seen(len(image.tokens), details=details)
 
 
-def _encode_qwen(model: QwenVLM) -> int:
+def _encode_qwen(model: QwenVLM) -> Seen:
     c = model.config.vision
     side = model.config.image_size // c.patch
     tokens = model.tower(torch.empty(side**2, 3 * c.frames * c.patch**2, device="meta"), [(side, side)])
     if model.modulation is not None:
         model.modulation.film(torch.empty(ANCHORS, model.modulation.config.vector_width, device="meta"))
-    return len(tokens)
+    return Seen(len(tokens))
 
 
 _NAMES = {
@@ -175,20 +210,22 @@ def _part_of(name: str) -> tuple[str, int | None]:
     return "shared feed-forward", None
 
 
-def _parts(model: nn.Module, dense: DenseBranch | None, c: DecoderConfig) -> list[Part]:
-    columns = [_tasks(e) for e in c.experts]
+def _parts(model: nn.Module, dense: DenseBranch | None, c: DecoderConfig, columns: list[str]) -> list[Part]:
     totals: dict[str, int] = {}
     active: dict[str, dict[str, int]] = {}
     for name, p in model.named_parameters():
         part, expert = _part_of(name)
-        label = f"feed-forward, {c.experts[expert]} expert" if expert is not None else part
+        label = part
+        if expert is not None:
+            label = f"feed-forward, {c.experts[expert]} expert" if len(c.experts) > 1 else "feed-forward"
         totals[label] = totals.get(label, 0) + p.numel()
         row = active.setdefault(label, dict.fromkeys(columns, 0))
         for i, column in enumerate(columns):
             row[column] += p.numel() if expert in (None, i) else 0
     if dense is None:
         return [Part(name, totals[name], active[name]) for name in totals]
-    return [*(Part(n, totals[n], {**active[n], DENSE: _beside(model, dense, n)}) for n in totals), _dense(dense, columns)]
+    shared = [Part(name, totals[name], {**active[name], DENSE: _beside(model, dense, name)}) for name in totals]
+    return [*shared, _dense(dense, columns)]
 
 
 def _beside(model: nn.Module, dense: DenseBranch, part: str) -> int:

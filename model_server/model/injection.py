@@ -11,7 +11,8 @@ The paper speaks of injection during generation; its code injects at prefill onl
 `every_step` each token of text looks again too, with the same weights, as it is read or written. The paper does not say
 how; here a token's own state is the query, and as it has no place in the image, D_j is its mean over the image:
 
-    w = softmax_j(key(mean_t D_j) . query(h) / sqrt(d)),  D = sum_j w_j mean_t D_j,  h <- h + s * sigmoid(...) * W_d LN(D)
+    w = softmax_j(key(mean_t D_j) . query(h) / sqrt(d)),  D = sum_j w_j mean_t D_j
+    h <- h + s * sigmoid(W_g [LN(h); LN(D)]) * W_d LN(D)
 
 So a step needs K vectors of an image, not its maps, and cached decoding equals the full pass.
 """
@@ -107,8 +108,8 @@ class Injection(nn.Module):
         self.scale = nn.Parameter(torch.ones(()))
 
     def forward(self, x: Tensor, details: Details | StepDetails) -> Tensor:
-        """x [B, T, D] -> [B, T, D] of prompts, whose visual tokens change and, at `every_step`, the text behind them; or
-        of steps, all text. A prompt shorter than V is left as it is."""
+        """x [B, T, D] -> [B, T, D]: of prompts, whose visual tokens change and, at `every_step`, the text behind them;
+        or of steps, which are text. A prompt shorter than V keeps its visual tokens."""
         if isinstance(details, StepDetails):
             return self._text(x, details, x.new_ones(1, x.shape[1], dtype=torch.bool))
         x = self._visual(x, details)

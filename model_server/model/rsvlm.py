@@ -217,7 +217,8 @@ class RSVLM(nn.Module):
         hidden = self.decoder(x, positions, mask, expert, features.windows, cache, details)
         seen = torch.ones(b, t + room, dtype=torch.bool, device=x.device)
         seen[:, :t] = visible
-        state = DecodeState(cache, seen, positions[:, -1] + 1, expert, views, None if details is None else details.steps)
+        steps = None if details is None else details.steps
+        state = DecodeState(cache, seen, positions[:, -1] + 1, expert, views, steps)
         return _agreed(self.decoder.logits(hidden[:, -1]), views), state
 
     def step(self, tokens: Tensor, state: DecodeState) -> Tensor:

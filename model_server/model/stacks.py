@@ -1,8 +1,8 @@
 """Detail stacks of a convolutional pyramid: what recurrent injection looks at again in the embedded architecture.
 
 FUSE-RSVLM cuts a large canvas into overlapping windows, since its tower takes one size, and stitches them (windows.py).
-A convolution takes the canvas whole. Its maps are averaged onto `factor` times the grid of the visual tokens, a side, and
-split by their phases, so that token i of each stack covers what visual token i covers.
+A convolution takes the canvas whole. Its maps are averaged onto `factor` times the grid of the visual tokens, a side,
+and split by their phases, so that token i of each stack covers what visual token i covers.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python -m model_server.training.ablation --out ablation.json          scenes made here
 
 Every variant starts from the same seed, sees the same examples in the same order, and is asked the same held-out ones.
-The figures are those of a network of some hundred thousand parameters after minutes: they show that a mechanism is there
-and learns, and which way it pulls on these data; they say nothing about a large one.
+The figures are those of a network of some hundred thousand parameters after minutes: they show that a mechanism is
+there and learns, and which way it pulls on these data; they say nothing about a large one.
 """
 
 from __future__ import annotations
@@ -226,13 +226,12 @@ def table_of(outcomes: Sequence[Outcome], anchored: bool) -> Table:
     for name in dict.fromkeys(o.variant for o in outcomes):
         own = [o for o in outcomes if o.variant == name]
         means = [o.mean_nats for o in own]
-        cells = [
-            f"{sum(o.nats[t] for o in own) / len(own):.3f} {sum(o.exact[t] for o in own) / len(own):4.0%}" for t in tasks
-        ]
+        n = len(own)
+        cells = [f"{sum(o.nats[t] for o in own) / n:.3f} {sum(o.exact[t] for o in own) / n:4.0%}" for t in tasks]
         spread = f"{max(means) - min(means):.3f}"
         table.add_row(name, f"{own[0].parameters:,}", f"{sum(means) / len(means):.3f}", spread, *cells)
     if not anchored:
-        table.caption = "No image of these data has anchors, so TLM is an exact no-op: its row differs by the start alone."
+        table.caption = "No image of these data has anchors: TLM is an exact no-op, its row differs by the start alone."
     return table
 
 

@@ -1,7 +1,7 @@
 """Low-rank adaptation (LoRA, Hu et al. 2021) of linear layers: W x + alpha / rank * B A x, with W frozen.
 
-For stage 2 of the papers: Aquila has rank 64 and alpha 16, FUSAR-GPT rank 8, alpha 32 and dropout .05. B starts at zero, so
-an untrained adaptation changes nothing; `merge` adds it to W, and the model is then saved as any other.
+For stage 2 of the papers: Aquila has rank 64 and alpha 16, FUSAR-GPT rank 8, alpha 32 and dropout .05. B starts at
+zero, so an untrained adaptation changes nothing; `merge_lora` adds it to W, and the model is then saved as any other.
 """
 
 from __future__ import annotations

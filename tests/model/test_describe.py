@@ -36,12 +36,13 @@ def test_a_request_of_rsunivlm_touches_the_papers_runtime_parameters(found: dict
 
 def test_the_large_configs_are_as_large_as_their_published_parts(found: dict[str, Description]) -> None:
     def decoder(name: str) -> int:
-        names = ("embeddings", "attention and norms", "feed-forward, image expert")
+        names = ("embeddings", "attention and norms", "feed-forward")
         return sum(part(found[name], n) for n in names)
 
     assert decoder("fuse-7b") == 6_738_415_616  # Llama-2-7B and Vicuna-7B
     assert decoder("aquila-8b") == 8_030_261_248  # Llama-3-8B
     assert decoder("fusar-7b") == 7_615_616_512  # Qwen2.5-7B
+    assert found["fuse-7b"].columns == ("every task",)
     assert part(found["fuse-7b"], "vision tower") == pytest.approx(303.5e6, rel=0.01)  # CLIP ViT-L/14@336
     assert part(found["aquila-8b"], "convolutional backbone") == pytest.approx(846e6, rel=0.01)  # ConvNeXt-XXL
     assert found["fusar-7b"].total - part(found["fusar-7b"], "TLM") == 8_292_166_656  # Qwen2.5-VL-7B
@@ -57,7 +58,7 @@ def test_an_image_becomes_as_many_tokens_as_published(found: dict[str, Descripti
 def test_operations_of_a_token_are_twice_the_weights_it_meets_and_its_attention(found: dict[str, Description]) -> None:
     one, config = found["fusar-7b"], NAMED["fusar-7b"]().decoder
     head = config.vocab_size * config.width
-    matrices = part(one, "feed-forward, image expert") + config.layers * (2 * config.width**2 + 2 * config.width * 512)
+    matrices = part(one, "feed-forward") + config.layers * (2 * config.width**2 + 2 * config.width * 512)
     attention = config.layers * 2 * config.width * (one.context + 1)  # q k^T and the weighted sum
     assert one.token_flops == 2 * (matrices + head + attention)
     assert one.cache_bytes("bfloat16") == 2 * 28 * 2 * 4 * 128 * 1000
@@ -93,7 +94,7 @@ def test_large_networks_are_built_without_memory() -> None:
 def test_the_command_prints_parts_tasks_and_memory() -> None:
     result = CliRunner().invoke(app, ["describe", "debug", "--precision", "float32", "--context", "10"])
     assert result.exit_code == 0, result.output
-    for said in ("image heads", "[CAP] [CLS]", "FLOPs to encode an image", "weights in float32", "sequence of 10 tokens"):
+    for said in ("image heads", "[CAP] [CLS]", "FLOPs to encode an image", "weights in float32", "of 10 tokens"):
         assert said in result.output
     assert CliRunner().invoke(app, ["describe", "huge"]).exit_code == 2
 

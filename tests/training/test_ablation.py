@@ -64,7 +64,8 @@ def test_the_grid_trains_every_variant_and_prints_and_writes_its_figures(tmp_pat
     sizes = {o["variant"]: o["parameters"] for o in figures["outcomes"]}
     assert sizes["none of them"] < min(sizes[f"without {n}"] for n in WITHOUT)
     assert sizes["without detail view"] == sizes["all mechanisms"]
-    assert all(np.isfinite(o["nats"][task]) for o in figures["outcomes"] for task in ("[CAP]", "[SEG]", "[VG]", "[VQA]"))
+    tasks = ("[CAP]", "[SEG]", "[VG]", "[VQA]")
+    assert all(np.isfinite(o["nats"][task]) for o in figures["outcomes"] for task in tasks)
 
 
 def test_a_table_without_anchors_says_that_tlm_was_not_measured() -> None:
