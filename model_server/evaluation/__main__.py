@@ -87,6 +87,7 @@ def evaluate(model: Model, options: argparse.Namespace) -> Results:
                 TASKS[task](model, data, results)
             except TaskNotServed as error:
                 results.notes.append(f"{name}: no {task} figures, {error}")
+        results.write(options.out)  # a long run that is cut short leaves what it has measured
     return results
 
 

@@ -20,6 +20,7 @@ from model_server.evaluation.labelled import affirmed, box_labels, denied, other
 from model_server.evaluation.looking import find
 from model_server.evaluation.results import Controls, Results, Row
 from model_server.protocol import TileObjects
+from model_server.text.concepts import DISTRACTORS
 from model_server.training.records import Record
 
 AP_IOUS = {"ap50": 0.5, "ap75": 0.75, "ap30": 0.3}
@@ -163,7 +164,10 @@ def _denials(model: Model, data: EvaluatedSet, records: Sequence[Record], result
         [any(asserted(record, text) for text in affirmed(record)) for record in records if affirmed(record)],
     )
     add("hallucination/per_question", *([asserted(r, t) for r, t in pairs if t in texts] for pairs in (false, true)))
-    for text in texts:
+    never = [asserted(record, text) for record, text in false if text in DISTRACTORS]
+    if never:
+        add("hallucination/distractors", never, [])
+    for text in (text for text in texts if text not in DISTRACTORS):
         metric = f"hallucination/{text.replace(' ', '_')}"
         add(metric, *([asserted(r, t) for r, t in pairs if t == text] for pairs in (false, true)))
 

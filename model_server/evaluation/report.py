@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from model_server.evaluation.results import Results, Row
+from model_server.evaluation.results import Controls, Results, Row
 from model_server.protocol import ModelInfo
 
 # Highest published figures, (set, protocol, metric) -> value and who reported it, all on official test splits.
@@ -68,7 +68,8 @@ _PROTOCOLS = {
     "map/held-out-phrasing": "the same, asked in words that no training used; the mean over a label's phrasings.",
     "absent": "`hallucination`: the share of images on which an object is asserted that the labels deny, of a phrase "
     "that the model claims to know and with a score at the threshold; lower is better. One line for each phrase; "
-    "`per_question`: of all pairs of an image and a denied phrase. Beside it, how often what the labels affirm is "
+    "`per_question`: of all pairs of an image and a denied phrase; `distractors`: of those with a thing that no image "
+    "of the set holds (wind turbine, elephant, ...). Beside it, how often what the labels affirm is "
     "asserted.",
     "miou": "all pixels of all images counted together, at the thresholds of the checkpoint, each class by itself; the "
     "mean leaves out background. `boundary_f1`: boundaries within 0.75 % of the image's diagonal of each other. `n` "
@@ -214,8 +215,11 @@ def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def _lines(rows: Sequence[Row]) -> Iterable[Line]:
     """Ours, each control and what was published, of one set and part after another. `n` is that of the first metric."""
-    for (name, part), group in groupby(sorted(rows, key=_place(rows)), key=lambda row: (row.set, _part(row))):
-        of_part = list(group)
+    ranked = sorted(rows, key=_place(rows))
+    parts = {key: list(group) for key, group in groupby(ranked, key=lambda row: (row.set, _part(row)))}
+    for (name, part), of_part in parts.items():
+        if part and sum(key[0] == name for key in parts) == 2 and _said(of_part) == _said(parts.get((name, ""), [])):
+            continue  # the set's only label, whose figures stand in the line above
         n = of_part[0].n
         yield name, part, n, "ours", {_metric(row): row.value for row in of_part}
         for control in dict.fromkeys(who for row in of_part for who in row.controls):
@@ -234,6 +238,10 @@ def _place(rows: Sequence[Row]):
     order = {key: i for i, key in enumerate(dict.fromkeys((row.set, _part(row)) for row in rows))}
     sets = {name: i for i, name in enumerate(dict.fromkeys(row.set for row in rows))}
     return lambda row: (sets[row.set], order[row.set, _part(row)])
+
+
+def _said(rows: Sequence[Row]) -> list[tuple[str, float, Controls]]:
+    return [(_metric(row), row.value, row.controls) for row in rows]
 
 
 def _metric(row: Row) -> str:
