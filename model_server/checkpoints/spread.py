@@ -119,7 +119,8 @@ class Spread:
         with warnings.catch_warnings():
             # Parameters that stand beside modules must be named and are no modules.
             warnings.filterwarnings("ignore", "The following device_map keys do not match any submodules")
-            return dispatch_model(model, {**rest, **places}, main_device=main, offload_dir=folder)  # pyright: ignore[reportArgumentType]
+            dispatch_model(model, {**rest, **places}, main_device=main, offload_dir=folder)  # pyright: ignore[reportArgumentType]
+        return model
 
 
 def _children(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:

@@ -10,7 +10,6 @@ import typer
 from model_server.model.presets import NAMED
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
-Name = StrEnum("Name", {name: name for name in NAMED})
 
 
 class Precision(StrEnum):
@@ -21,11 +20,13 @@ class Precision(StrEnum):
 
 @app.command()
 def describe(
-    config: Annotated[Name, typer.Argument(help="which config")],
+    config: Annotated[str, typer.Argument(help=f"one of {', '.join(NAMED)}")],
     precision: Annotated[Precision, typer.Option(help="of weights and cache")] = Precision.BFLOAT16,
     context: Annotated[int, typer.Option(min=1, help="tokens of a sequence")] = 2048,
 ) -> None:
     """Print a config's parts, parameters, operations and memory. Nothing is allocated or downloaded."""
+    if config not in NAMED:
+        raise typer.BadParameter(f"there is no config {config!r}; the configs are {', '.join(NAMED)}")
     from rich.console import Console
 
     from model_server.model.describe import describe as run

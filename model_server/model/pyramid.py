@@ -31,7 +31,10 @@ class ConvNeXtPyramid(nn.Module):
         except ImportError as error:
             raise MissingTransformers("a ConvNeXt needs transformers; try: pip install transformers") from error
         stages = [f"stage{i}" for i in range(1, 5)]
-        raw = ConvNextConfig(hidden_sizes=list(config.widths), depths=list(config.depths), **{"out_features": stages})
+        raw = ConvNextConfig(
+            hidden_sizes=list(config.widths), depths=list(config.depths),
+            out_features=stages,  # pyright: ignore[reportCallIssue] (of its base class)
+        )  # fmt: skip
         self.net: ConvNextBackbone = ConvNextBackbone(raw)
         self.widths: dict[int, int] = dict(zip(STRIDES, config.widths, strict=True))  # stride -> channels
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -193,3 +198,25 @@ def test_the_cache_returns_what_was_written_and_reorders_rows() -> None:
     assert cache.data.shape[2] == 3
     assert torch.equal(cache.data[0, 0, 0, :, :2], first[1])
     assert torch.equal(cache.data[0, 0, 2, :, :2], first[0])
+
+
+def test_the_gpu_benchmark_runs_its_shapes_and_says_where_there_is_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """The shapes by the fused kernel on a CPU, cut down; no time is taken here."""
+    path = Path(__file__).parents[2] / "benchmarks" / "gpu_attention.py"
+    spec = importlib.util.spec_from_file_location("gpu_attention", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_attention"] = module  # dataclasses look it up
+    spec.loader.exec_module(module)
+    cpu = torch.device("cpu")
+    for shape in module.SHAPES:
+        small = dataclasses.replace(shape, batch=min(shape.batch, 1), tokens=min(shape.tokens, 9),
+                                    lengths=tuple(n % 7 + 1 for n in shape.lengths[:4]))  # fmt: skip
+        q, k, v = module.inputs(small, cpu)
+        found, expected = (module.runner(small, b, cpu)(q, k, v).float() for b in (Backend.SDPA, Backend.MATH))
+        torch.testing.assert_close(found, expected, atol=3e-2, rtol=3e-2)
+        assert module.measure(small, Backend.FLASH4, cpu, 1).refused
+    if not torch.cuda.is_available():
+        assert module.main([]) == 2
+        assert "no CUDA device" in capsys.readouterr().err
