@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from random import Random
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -17,6 +18,7 @@ from model_server.training.records import DataError, Record
 
 BACKGROUND = "background"
 # Concepts with an outline of their own, of which one can say that an image holds none; land or water have no count.
+NEVER = 6  # things that no image of a set holds, asked of each of its images; others of other images
 THINGS = frozenset(CONCEPTS) - {"road", "water", "forest", "oil spill", "look-alike", "land"}
 
 
@@ -68,7 +70,7 @@ def load_mask(path: Path) -> np.ndarray:
 
 
 def denied(record: Record) -> list[str]:
-    """Phrases of things that the labels say are not on this image, sorted; none where the labels are silent."""
+    """Phrases of things that the labels say are not on this image, the same in every run; none where all is silent."""
     there = {o.label for o in record.objects}
     names = {name for name in boxed(record) if not CONCEPTS[name].labels & there}
     if record.presence:
@@ -80,7 +82,8 @@ def denied(record: Record) -> list[str]:
         names |= {c.name for c in CONCEPTS.values() if c.name not in unlabelled and not c.labels & there}
     elif not boxed(record):
         return []
-    return sorted(names & THINGS) + (list(DISTRACTORS) if record.set in DISTRACTOR_SETS else [])
+    never = Random(record.id).sample(DISTRACTORS, NEVER) if record.set in DISTRACTOR_SETS else []
+    return sorted(names & THINGS) + sorted(never)
 
 
 def affirmed(record: Record) -> list[str]:

@@ -94,12 +94,12 @@ def evaluate_referring(model: Model, data: EvaluatedSet, results: Results) -> No
     # The same without the phrase's relation tells how much of it is understood.
     plain = {record.id: list(dict.fromkeys(words_for(ref.label) for ref in of[record.id])) for record in records}
     find(model, data, records, lambda r: [*(ref.phrase for ref in of[r.id]), *plain[r.id]], "phrases")
-    find(model, data, records, lambda r: [ref.phrase for ref in of[r.id]], "phrases, blind", blind=True)
+    find(model, data, records, lambda r: plain[r.id], "phrases, blind", blind=True)
     constant = _constant(data)
     answers: dict[str, list[np.ndarray | None]] = {
         "ours": [_best(data.found[ref.record.id, ref.phrase, False]) for ref in asked],
         "label_only": [_best(data.found[ref.record.id, words_for(ref.label), False]) for ref in asked],
-        "blind": [_best(data.found[ref.record.id, ref.phrase, True]) for ref in asked],
+        "blind": [_best(data.found[ref.record.id, words_for(ref.label), True]) for ref in asked],
         "constant": [constant(ref) for ref in asked],
     }
     for protocol, measure in (("iou", strict_iou), ("vrsbench", vrsbench_iou)):

@@ -102,6 +102,7 @@ _CONTROLS = {
     "blind": {
         "vqa": "the model, shown only the mean colour of the image; reworded questions have the blind answers to the "
         "first wording",
+        "refer": "the model, shown only the mean colour of the image and asked for the label",
         "": "the model, shown only the mean colour of the image",
     },
     "present": "the share of images on which such a thing is asserted where the labels say that it is there",
