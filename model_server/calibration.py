@@ -61,14 +61,14 @@ class DenseCalibration:
     """Of the dense branch, in a file of its own: the thresholds of highest F1 on validation data.
 
     `detect`: scores of boxes; `mask` and `change`: probabilities of pixels. Keys are phrases' concepts (`ship`) or,
-    for change, `coarse` (10 m a pixel and more) and `fine`; `default` stands for all others. `box_confidence`
-    turns the log-odds of a box's score into the chance that such a box is right (IoU 0.5).
+    for change, `coarse` (10 m a pixel and more) and `fine`; `default` stands for all others. `box_confidence`, by
+    concept, turns the log-odds of a box's score into the chance that such a box is right (IoU 0.5).
     """
 
     detect: dict[str, float] = field(default_factory=lambda: {"default": 0.35})
     mask: dict[str, float] = field(default_factory=lambda: {"default": 0.5})
     change: dict[str, float] = field(default_factory=lambda: {"default": 0.5})
-    box_confidence: Logistic = Logistic()
+    box_confidence: dict[str, Logistic] = field(default_factory=lambda: {"default": Logistic()})
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -76,4 +76,4 @@ class DenseCalibration:
     @classmethod
     def from_json(cls, text: str) -> DenseCalibration:
         raw: dict[str, Any] = json.loads(text)
-        return cls(**{**raw, "box_confidence": Logistic(**raw["box_confidence"])})
+        return cls(**{**raw, "box_confidence": {k: Logistic(**v) for k, v in raw["box_confidence"].items()}})

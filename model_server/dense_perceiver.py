@@ -8,7 +8,7 @@ at the same scale share one look. What comes back lies on the pixels of the imag
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -26,7 +26,7 @@ from model_server.query import Query
 from model_server.scale_search import Sighting, combined
 from model_server.working_scale import bounded, box_scales, change_scale, mask_scale
 
-FLOOR = 0.05  # calibrated score of the least object that is given
+FLOOR = 0.02  # calibrated score of the least object that is given
 PASS_PIXELS = 2**20  # looked at in one pass: enough to keep a processor busy, and little memory
 COARSE_M = 5.0  # ground metres per pixel from which the change threshold for coarse imagery holds
 
@@ -103,13 +103,13 @@ class DensePerceiver:
         found = Found(found.heat.cpu(), found.distances.cpu(), found.quality.cpu())  # suppression is a loop of its own
         objects = objects_of(found, 0, 0)
         boxes = look.frame.boxes_on_source(objects.boxes)
-        sure = self._calibrated(objects.scores)
+        sure = self._calibrated(objects.scores, meaning.concept)
         keep = ((boxes[:, 2:] - boxes[:, :2]).amin(1) > 0.5) & (sure >= FLOOR)
         order = sure[keep].argsort(descending=True, stable=True)
         return Sighting(look.scale, boxes[keep][order], sure[keep][order])
 
-    def _calibrated(self, scores: Tensor) -> Tensor:
-        confidence = self.calibration.box_confidence
+    def _calibrated(self, scores: Tensor, concept: str | None) -> Tensor:
+        confidence = _of(self.calibration.box_confidence, concept)
         return torch.sigmoid(confidence.slope * torch.logit(scores.clamp(1e-4, 1 - 1e-4)) + confidence.offset)
 
     def _objects(self, seen: Sighting, meaning: Meaning) -> TileObjects:
@@ -118,7 +118,7 @@ class DensePerceiver:
         return TileObjects(
             boxes=[(x1, y1, x2, y2) for x1, y1, x2, y2 in seen.boxes[enough].tolist()],
             scores=seen.scores[enough].tolist(),
-            threshold=float(self._calibrated(torch.tensor(raw))),
+            threshold=float(self._calibrated(torch.tensor(raw), meaning.concept)),
             known=meaning.known,
             scale=seen.scale,
         )
@@ -200,5 +200,5 @@ def _bytes(logits: Tensor) -> np.ndarray:
     return logits.sigmoid().mul(255).round().byte().cpu().numpy()
 
 
-def _of(thresholds: dict[str, float], key: str | None) -> float:
-    return thresholds.get(key or "default", thresholds["default"])
+def _of(fitted: Mapping[str, _T], key: str | None) -> _T:
+    return fitted.get(key or "default", fitted["default"])

@@ -189,7 +189,7 @@ def test_thresholds_are_those_of_the_nearest_concept_and_scores_are_calibrated(d
         detect={"default": 0.3, "ship": 0.5},
         mask={"default": 0.4, "road": 0.6},
         change={"default": 0.5, "coarse": 0.2, "fine": 0.7},
-        box_confidence=Logistic(2.0, 0.5),
+        box_confidence={"default": Logistic(2.0, 0.5)},
     )
     image = picture(0)
     queries = [Query("ground", image, text=text) for text in ("ship", "boat", "windmill")]

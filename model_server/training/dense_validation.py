@@ -181,12 +181,13 @@ def _pooled(counts: Iterable[ProbabilityCounts]) -> ProbabilityCounts:
 def fit_calibration(found: Gathered) -> DenseCalibration:
     """Thresholds of highest F1: of boxes and masks by concept, of change for coarse and fine imagery and for both."""
     concepts = sorted({name for _, name in found.boxes})
-    detect = {}
+    detect, confidence = {}, {}
     for name in concepts:
         groups = [images for (_, n), images in sorted(found.boxes.items()) if n == name]
         images = [image for group in groups for image in group]
         if sum(len(i.truth) for i in images) >= 5:
             detect[name] = best_f1_threshold(images)[0]
+            confidence[name] = _box_confidence(images)
     everything = [image for images in found.boxes.values() for image in images]
     mask = {
         name: _pooled(c for (_, n), c in sorted(found.masks.items()) if n == name).best()[0]
@@ -201,7 +202,7 @@ def fit_calibration(found: Gathered) -> DenseCalibration:
         detect={"default": best_f1_threshold(everything)[0] if everything else 0.35, **detect},
         mask={"default": float(np.mean(list(mask.values()))) if mask else 0.5, **mask},
         change=change,
-        box_confidence=_box_confidence(everything),
+        box_confidence={"default": _box_confidence(everything), **confidence},
     )
 
 
