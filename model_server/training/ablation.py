@@ -4,7 +4,7 @@
     python -m model_server.training.ablation --out ablation.json          scenes made here
 
 Every variant starts from the same seed, sees the same examples in the same order, and is asked the same held-out ones.
-The figures are those of a network of some hundred thousand parameters after minutes: they show that a mechanism is
+The figures are those of a network of under a hundred thousand parameters after minutes: they show that a mechanism is
 there and learns, and which way it pulls on these data; they say nothing about a large one.
 """
 
