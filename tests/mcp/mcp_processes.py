@@ -40,7 +40,7 @@ def running_model_server(weights: Path, token_file: Path) -> Iterator[ModelServe
     try:
         assert process.stdout is not None
         url = json.loads(process.stdout.readline())["url"]
-        wait_until(lambda: httpx.get(f"{url}/ready", trust_env=False).status_code == 200)
+        wait_until(lambda: httpx.get(f"{url}/ready", trust_env=False, timeout=STARTED_S).status_code == 200)
         yield ModelServer(url, process)
     finally:
         process.terminate()
