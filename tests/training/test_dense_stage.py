@@ -238,7 +238,7 @@ def test_the_stage_learns_all_three_tasks_and_fills_a_checkpoint(
     trainer.fit()
     lines = [json.loads(line) for line in (tmp_path / "dense.jsonl").read_text().splitlines()]
     losses, last = [line for line in lines if "heat" in line], lines[-1]["val"]
-    for term, share in (("heat", 0.8), ("mask", 0.8), ("change", 0.8), ("box", 1.0)):
+    for term, share in (("heat", 0.8), ("mask", 0.9), ("change", 0.8), ("box", 1.0)):
         assert losses[-1][term] < share * losses[0][term], term
     assert last["sztaki_air f1"] > 0.3
 
