@@ -26,12 +26,17 @@ OUT = HERE.parent / "out" / "demo"
 
 @dataclass(frozen=True)
 class Scene:
-    """An image and what to ask about it. `regions` name parts worth a closer look, as [x1, y1, x2, y2] in pixels."""
+    """An image and what to ask about it: questions, labels to choose from, things to find and classes to map.
+
+    `regions` name parts worth a closer look, as [x1, y1, x2, y2] in pixels.
+    """
 
     image: Path
     title: str
     questions: tuple[str, ...]
     labels: tuple[str, ...] = ()
+    things: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
     regions: dict[str, list[int]] = field(default_factory=dict)
 
 
@@ -42,33 +47,39 @@ BUNDLED = (
         "Itaipu dam, Paraguay and Brazil: Landsat 8, 30 m, 16 bit",
         ("Is there water in this image?", "Are there buildings?"),
         ("reservoir", "desert", "airport", "snow"),
-        {"the reservoir": [230, 20, 390, 180], "the city": [210, 430, 370, 560]},
+        classes=("water", "forest"),
+        regions={"the reservoir": [230, 20, 390, 180], "the city": [210, 430, 370, 560]},
     ),
     Scene(
         DATA / "raleigh_landsat7.tif",
         "Raleigh, North Carolina: Landsat 7, 28.5 m, float32 with nodata edges",
         ("Are there roads?", "Is it a rural or an urban area?"),
         ("city", "sea", "mountain", "desert"),
-        {"the city centre": [370, 60, 470, 160]},
+        classes=("forest",),
+        regions={"the city centre": [370, 60, 470, 160]},
     ),
     Scene(
         DATA / "ordway_swisher_neon.tif",
         "Pine savanna, Florida: aerial, 10 cm",
         ("Are there trees?", "Is there a road?", "Are there cars?"),
         ("sparse trees on bare ground", "parking lot", "harbor", "farmland"),
+        things=("tree", "car"),
     ),
     Scene(
         DATA / "yellowstone_road.jpg",
         "A road in Yellowstone: aerial, no georeference",
         ("Is there a road?", "Are there buildings?", "What is the theme of this picture?"),
         ("road through forest", "beach", "runway", "residential area"),
+        things=("car",),
+        classes=("road",),
     ),
 )
 
 
 def own_scene(image: Path) -> Scene:
     questions = ("Is there water?", "Are there buildings?", "Are there roads?", "Is it a rural or an urban area?")
-    return Scene(image, image.name, questions, ("city", "farmland", "forest", "water", "bare land"))
+    labels = ("city", "farmland", "forest", "water", "bare land")
+    return Scene(image, image.name, questions, labels, ("building", "car", "ship"), ("water", "forest", "road"))
 
 
 class Asker:
@@ -78,7 +89,8 @@ class Asker:
         self._client = client
 
     async def ask(self, tool: str, **arguments: Any) -> Call:
-        print(f"  {tool} {json.dumps({name: value for name, value in arguments.items() if name != 'image'})}")
+        told = {name: value for name, value in arguments.items() if name not in ("image", "before", "after", "preview")}
+        print(f"  {tool} {json.dumps(told)}")
 
         async def heard(progress: float, total: float | None, message: str | None) -> None:
             print(f"    {message}")
@@ -104,6 +116,9 @@ async def look_at(asker: Asker, scene: Scene) -> Section:
     calls += [await asker.ask("vqa", image=image, question=question) for question in scene.questions]
     if scene.labels:
         calls.append(await asker.ask("classify", image=image, labels=list(scene.labels)))
+    calls += [await asker.ask("ground", image=image, query=thing, preview=True) for thing in scene.things]
+    if scene.classes:
+        calls.append(await asker.ask("segment", image=image, classes=list(scene.classes), preview=True))
     for region in scene.regions.values():
         calls.append(await asker.ask("caption", image=image, region=region))
         calls.append(await asker.ask("classify", image=image, region=region, top_k=3))
@@ -145,6 +160,9 @@ async def demonstrate(scenes: tuple[Scene, ...]) -> Path:
             asker = Asker(client)
             listing = await asker.ask("list_images")
             sections = [await look_at(asker, scene) for scene in scenes]
+            print("\nChange between two images of one place: here an image and itself, so there is none")
+            image = str(scenes[0].image)
+            sections[0].calls.append(await asker.ask("detect_change", before=image, after=image, preview=True))
             errors = await refusals(asker, scenes[0], Path(folder))
             last = await asker.ask("caption", image=str(scenes[0].image))
             if last.is_error:

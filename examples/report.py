@@ -173,7 +173,8 @@ def _answer(call: Call, shared: list[str]) -> str:
     """One answer. Warnings in `shared` hold for the whole scene and stand beside its facts."""
     if call.is_error:
         return f'<article class="refused">{_asked(call)}<p>{_e(call.text)}</p></article>'
-    shown = {"caption": _caption, "vqa": _vqa, "classify": _classes}[call.tool](call.structured)
+    words = {"caption": _caption, "vqa": _vqa, "classify": _classes}
+    shown = words[call.tool](call.structured) if call.tool in words else _mapped(call)
     raw = _e(json.dumps(call.structured, indent=1))
     warnings = _warnings(one for one in call.structured["warnings"] if one not in shared)
     details = f"<details><summary>whole answer</summary><pre>{raw}</pre></details>"
@@ -182,9 +183,14 @@ def _answer(call: Call, shared: list[str]) -> str:
 
 def _asked(call: Call) -> str:
     arguments = {name: value for name, value in call.arguments.items() if name not in ("image", "region")}
-    if labels := arguments.pop("labels", []):
-        arguments["among"] = ", ".join(labels)
-    asked = arguments.pop("question", "") or ", ".join(f"{name}: {value}" for name, value in arguments.items())
+    arguments = {name: value for name, value in arguments.items() if name not in ("before", "preview")}
+    for name in ("labels", "classes"):
+        if listed := arguments.pop(name, []):
+            arguments["among" if name == "labels" else name] = ", ".join(listed)
+    if "after" in arguments:
+        arguments["after"] = Path(arguments["after"]).name
+    words = arguments.pop("question", "") or arguments.pop("query", "")
+    asked = words or ", ".join(f"{name}: {value}" for name, value in arguments.items())
     return f'<p class="asked"><code>{call.tool}</code> {_e(asked)} <span>{call.seconds:.2f} s</span></p>'
 
 
@@ -204,6 +210,16 @@ def _classes(answer: dict[str, Any]) -> str:
     return f'<p class="said">{_e(answer["label"] or "no class: nothing to see")}</p>' + "".join(
         _bar(one["label"], one["score"], faint=index > 0) for index, one in enumerate(answer["top"])
     )
+
+
+def _mapped(call: Call) -> str:
+    """Boxes, masks and change: the answer in words, and its preview, whose file lives on this machine."""
+    pictures = [Path(one["path"]) for one in call.structured["artifacts"] if one["kind"] == "preview"]
+    shown = "".join(
+        f'<img alt="{_e(call.tool)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+        for path in pictures
+    )
+    return f'<p class="said">{_e(call.text.splitlines()[0])}</p>{shown}'
 
 
 def _bar(name: str, share: float, faint: bool = False) -> str:
