@@ -58,14 +58,21 @@ def sighting(scale: float, *rows: tuple[float, float, float, float, float]) -> S
     return Sighting(scale, table[:, :4], table[:, 4])
 
 
-def test_what_the_surest_look_does_not_see_counts_less_and_the_better_of_two_boxes_stays() -> None:
-    boat, island = (200.0, 200.0, 212.0, 208.0), (300.0, 300.0, 350.0, 350.0)
-    fine = sighting(1.5, (*boat, 0.9), (14.0, 9.0, 88.0, 41.0, 0.6), (12.0, 11.0, 44.0, 39.0, 0.5))
-    coarse = sighting(0.4, (10.0, 10.0, 90.0, 40.0, 0.8), (*island, 0.2))
+def test_the_surest_look_is_taken_whole_and_what_only_another_sees_counts_less() -> None:
+    ship, island, boat = (10.0, 10.0, 90.0, 40.0), (300.0, 300.0, 350.0, 350.0), (200.0, 200.0, 212.0, 208.0)
+    coarse = sighting(0.4, (*ship, 0.7), (*island, 0.2))
+    fine = sighting(1.5, (*boat, 0.8), (14.0, 9.0, 88.0, 41.0, 0.3))
     found = combined([coarse, fine])
     assert found.scale == 1.5
-    assert found.boxes.tolist() == [list(boat), [10, 10, 90, 40], list(island)]
-    assert found.scores.tolist() == pytest.approx([0.9, 0.8, 0.2 * OTHERS])
+    assert found.boxes.tolist() == [list(boat), [14, 9, 88, 41], list(island)]
+    assert found.scores.tolist() == pytest.approx([0.8, 0.3, 0.2 * OTHERS])
+
+
+def test_many_unsure_parts_do_not_outweigh_a_few_sure_things() -> None:
+    hulls = sighting(0.4, *((100.0 * i, 0.0, 100.0 * i + 100, 30.0, 0.8) for i in range(4)))
+    parts = sighting(1.5, *((10.0 * i, 0.0, 10.0 * i + 9, 30.0, 0.7) for i in range(40)))
+    found = combined([parts, hulls])
+    assert (found.scale, len(found.boxes)) == (0.4, 4)
 
 
 def test_a_part_of_what_is_taken_already_is_no_object_of_its_own() -> None:
