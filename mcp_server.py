@@ -285,7 +285,8 @@ def build_server(
     for function, title in TITLES.items():
         description = " ".join((inspect.getdoc(function) or "").split())
         tool = AgentTool.from_function(function, title=title, description=description, annotations=READ_ONLY)
-        tool.parameters["additionalProperties"] = False
+        tool.parameters = _without(tool.parameters, "title") | {"additionalProperties": False}
+        tool.fn_metadata.output_schema = _lean(tool.fn_metadata.output_schema or {})
         tools.append(tool)
     server = MCPServer[Tools](
         "rs-perception",
@@ -317,6 +318,35 @@ def _reader(suffix: str, mime_type: str) -> Callable[[str, ToolContext], Awaitab
         return content.decode() if mime_type.endswith("json") else content
 
     return read
+
+
+def _without(schema: dict[str, Any], *words: str) -> dict[str, Any]:
+    """A JSON schema without these keywords, however deep. Fields of these names stay."""
+
+    def rid(part: Any, of_fields: bool = False) -> Any:
+        if isinstance(part, list):
+            return [rid(one) for one in part]
+        if isinstance(part, dict):
+            kept = {k: v for k, v in part.items() if of_fields or k not in words}
+            return {k: rid(v, of_fields=k == "properties" and not of_fields) for k, v in kept.items()}
+        return part
+
+    return rid(schema)
+
+
+def _lean(schema: dict[str, Any]) -> dict[str, Any]:
+    """The output schema as it is published: an agent reads all of them before it asks anything.
+
+    What is told by a field's own name is left out, and so are the fields of `provenance`, which every answer carries.
+    """
+    lean = _without(schema, "title", "default")
+    for name in ("provenance", "warnings", "georeferenced", "artifacts"):
+        field = lean.get("properties", {}).get(name)
+        if field is not None:
+            lean["properties"][name] = _without(field, "description")
+    if "provenance" in lean.get("properties", {}):
+        lean["properties"]["provenance"] = {"type": "object", "description": "what this answer was made with"}
+    return lean
 
 
 def _tools(ctx: ToolContext) -> Tools:
