@@ -104,7 +104,7 @@ class TileClasses(Wire):
 class TileObjects(Wire):
     """What a phrase names in one tile, best first.
 
-    Everything down to a score of 0.05 is here, so that a caller can merge across tiles and set its own limit before
+    Everything down to a score of 0.02 is here, so that a caller can merge across tiles and set its own limit before
     it cuts at `threshold`, from which on objects are worth giving.
     """
 
