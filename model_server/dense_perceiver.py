@@ -77,8 +77,9 @@ class DensePerceiver:
         sightings: dict[int, list[Sighting]] = defaultdict(list)
         masks = {i: self._blank(q, meanings) for i, q in enumerate(queries) if q.task == "segment"}
         for look, features in self._features(_looks(queries, meanings)):
-            for i in look.boxes:
-                sightings[i].append(self._sighting(look, features, meanings[queries[i].text]))
+            boxed = [meanings[queries[i].text] for i in look.boxes]
+            for i, seen in zip(look.boxes, self._sightings(look, features, boxed), strict=True):
+                sightings[i].append(seen)
             for i, rows in look.masks:
                 vectors = torch.stack([meanings[queries[i].labels[row]].vector for row in rows])
                 logits = self.branch.segment(features, vectors[None])[0]
@@ -98,15 +99,21 @@ class DensePerceiver:
             features = self.branch.features(self._maps(x))
             yield from zip(group, features.split(1), strict=True)
 
-    def _sighting(self, look: _Look, features: Tensor, meaning: Meaning) -> Sighting:
-        found = self.branch.detect(features, meaning.vector[None, None])
+    def _sightings(self, look: _Look, features: Tensor, asked: Sequence[Meaning]) -> list[Sighting]:
+        """Each phrase's objects in one look."""
+        if not asked:
+            return []
+        found = self.branch.detect(features, torch.stack([meaning.vector for meaning in asked])[None])
         found = Found(found.heat.cpu(), found.distances.cpu(), found.quality.cpu())  # suppression is a loop of its own
-        objects = objects_of(found, 0, 0)
-        boxes = look.frame.boxes_on_source(objects.boxes)
-        sure = self._calibrated(objects.scores, meaning.concept)
-        keep = ((boxes[:, 2:] - boxes[:, :2]).amin(1) > 0.5) & (sure >= FLOOR)
-        order = sure[keep].argsort(descending=True, stable=True)
-        return Sighting(look.scale, boxes[keep][order], sure[keep][order])
+        sightings = []
+        for k, meaning in enumerate(asked):
+            objects = objects_of(found, 0, k)
+            boxes = look.frame.boxes_on_source(objects.boxes)
+            sure = self._calibrated(objects.scores, meaning.concept)
+            keep = ((boxes[:, 2:] - boxes[:, :2]).amin(1) > 0.5) & (sure >= FLOOR)
+            order = sure[keep].argsort(descending=True, stable=True)
+            sightings.append(Sighting(look.scale, boxes[keep][order], sure[keep][order]))
+        return sightings
 
     def _calibrated(self, scores: Tensor, concept: str | None) -> Tensor:
         confidence = _of(self.calibration.box_confidence, concept)
