@@ -68,8 +68,9 @@ class Script(BaseChatModel):
                 return _asking("caption", image=self.image)
             case 2:
                 return _asking("ground", image=self.image, query=self.thing, max_objects=5)
-            case 3 if box := re.search(r"\[(\d+), (\d+), (\d+), (\d+)\] score", told[-1].text):
-                region = [int(side) for side in box.groups()]
+            case 3:  # closer where there is a box; else of the whole image
+                box = re.search(r"\[(\d+), (\d+), (\d+), (\d+)\] score", told[-1].text)
+                region = [int(side) for side in box.groups()] if box else []
                 return _asking("vqa", image=self.image, question=f"Is there a {self.thing}?", region=region)
         said = [f"{message.name}: {message.text.splitlines()[0]}" for message in told]
         return AIMessage("Here is what the tools say.\n" + "\n".join(said))

@@ -269,3 +269,11 @@ def test_the_example_agent_chains_from_what_it_found_to_a_closer_look(
     assert {message.status for message in told} == {"success"}
     assert told[3].artifact.evidence[0].region == [10, 10, 20, 15]
     assert "1 found for 'ship'" in messages[-1].text
+
+
+def test_the_example_agent_goes_on_where_nothing_is_found(example: ModuleType, toolkit: RemoteSensingToolkit) -> None:
+    script = example.Script(image="late.tif", thing="ship")
+    messages = example.converse(script, toolkit.get_tools(), "What is in late.tif?")
+    asked = [call["args"] for message in messages for call in getattr(message, "tool_calls", [])]
+    assert "ground: Nothing was found." in messages[-1].text
+    assert asked[-1] == {"image": "late.tif", "question": "Is there a ship?", "region": []}
