@@ -178,6 +178,26 @@ def test_callers_in_threads_and_loops_of_their_own_share_the_tools(tools: dict[s
         assert late.startswith("A lake.")
 
 
+async def test_cancelling_a_call_ends_its_work(tools: dict[str, BaseTool]) -> None:
+    started, ended = threading.Event(), threading.Event()
+
+    async def endless(**_: Any) -> results.Result:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+        raise AssertionError("it was to be cancelled")
+
+    caption = tools["caption"].model_copy(update={"ask": endless})
+    waiting = asyncio.create_task(caption.ainvoke({"image": "early.tif"}))
+    assert await asyncio.to_thread(started.wait, 10)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert await asyncio.to_thread(ended.wait, 10)
+
+
 # --- refusals
 
 
