@@ -61,7 +61,7 @@ class DenseCalibration:
     """Of the dense branch, in a file of its own: the thresholds of highest F1 on validation data.
 
     `detect`: scores of boxes; `mask` and `change`: probabilities of pixels. Keys are phrases' concepts (`ship`) or,
-    for change, `coarse` (10 m a pixel and more) and `fine`; `default` stands for all others. `box_confidence`, by
+    for change, what `change_kind` calls the imagery; `default` stands for all others. `box_confidence`, by
     concept, turns the log-odds of a box's score into the chance that such a box is right (IoU 0.5).
     """
 

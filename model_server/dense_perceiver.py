@@ -24,11 +24,10 @@ from model_server.model.vision import Backbone
 from model_server.protocol import TileChange, TileMasks, TileObjects
 from model_server.query import Query
 from model_server.scale_search import Sighting, combined
-from model_server.working_scale import bounded, box_scales, change_scale, mask_scale
+from model_server.working_scale import bounded, box_scales, change_kind, change_scale, mask_scale
 
 FLOOR = 0.02  # calibrated score of the least object that is given
 PASS_PIXELS = 2**20  # looked at in one pass: enough to keep a processor busy, and little memory
-COARSE_M = 5.0  # ground metres per pixel from which the change threshold for coarse imagery holds
 
 _T = TypeVar("_T")
 
@@ -106,13 +105,11 @@ class DensePerceiver:
         found = self.branch.detect(features, torch.stack([meaning.vector for meaning in asked])[None])
         found = Found(found.heat.cpu(), found.distances.cpu(), found.quality.cpu())  # suppression is a loop of its own
         sightings = []
-        for k, meaning in enumerate(asked):
-            objects = objects_of(found, 0, k)
+        for k in range(len(asked)):
+            objects = objects_of(found, 0, k)  # best first
             boxes = look.frame.boxes_on_source(objects.boxes)
-            sure = self._calibrated(objects.scores, meaning.concept)
-            keep = ((boxes[:, 2:] - boxes[:, :2]).amin(1) > 0.5) & (sure >= FLOOR)
-            order = sure[keep].argsort(descending=True, stable=True)
-            sightings.append(Sighting(look.scale, boxes[keep][order], sure[keep][order]))
+            keep = (boxes[:, 2:] - boxes[:, :2]).amin(1) > 0.5
+            sightings.append(Sighting(look.scale, boxes[keep], objects.scores[keep]))
         return sightings
 
     def _calibrated(self, scores: Tensor, concept: str | None) -> Tensor:
@@ -121,10 +118,11 @@ class DensePerceiver:
 
     def _objects(self, seen: Sighting, meaning: Meaning) -> TileObjects:
         raw = _of(self.calibration.detect, meaning.concept)
-        enough = seen.scores >= FLOOR
+        scores = self._calibrated(seen.scores, meaning.concept)
+        enough = scores >= FLOOR
         return TileObjects(
             boxes=[(x1, y1, x2, y2) for x1, y1, x2, y2 in seen.boxes[enough].tolist()],
-            scores=seen.scores[enough].tolist(),
+            scores=scores[enough].tolist(),
             threshold=float(self._calibrated(torch.tensor(raw), meaning.concept)),
             known=meaning.known,
             scale=seen.scale,
@@ -164,8 +162,7 @@ class DensePerceiver:
         return answers
 
     def _change_threshold(self, gsd_m: float | None) -> float:
-        key = None if gsd_m is None else "coarse" if gsd_m >= COARSE_M else "fine"
-        return _of(self.calibration.change, key)
+        return _of(self.calibration.change, change_kind(gsd_m))
 
 
 def _looks(queries: Sequence[Query], meanings: dict[str, Meaning]) -> list[_Look]:

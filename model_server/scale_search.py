@@ -1,8 +1,10 @@
 """Objects found in several looks at one tile, as one list.
 
-The look whose best objects are the surest is believed. A sum over all of its objects would not do: the larger a ship
-is seen, the more of its parts pass for ships, each with some confidence. What only another look sees is added at a
-discount, but where anything covers it already: parts of a thing are not things of their own, nor is a group of them.
+The look whose best objects are the surest is believed, and looks at nearby scales vote with it: boxes of different
+looks that agree become their weighted mean, scored by the mean over these looks (weighted boxes fusion, Solovyev et al.
+2021). A sum over all objects would not do to choose: the larger a ship is seen, the more of its parts pass for ships,
+each with some confidence. What only a look at a far scale sees is added at a discount, but where anything covers it
+already: parts of a thing are not things of their own, nor is a group of them.
 """
 
 from __future__ import annotations
@@ -15,15 +17,17 @@ from torch import Tensor
 
 from model_server.model.dense import box_iou
 
+NEARBY = 2.1  # looks within this factor of the surest one's scale vote
+AGREE_IOU = 0.5
 BEST = 3  # objects that speak for a look
-OTHERS = 0.5  # factor on the scores of what only other looks see
+OTHERS = 0.5  # factor on the scores of what only far looks see
 SAME_IOU = 0.4
 COVERED_SHARE = 0.5  # of the smaller box's area
 
 
 @dataclass(frozen=True)
 class Sighting:
-    """Boxes [N, 4] in the tile's pixels and calibrated scores [N], best first, of one look."""
+    """Boxes [N, 4] in the tile's pixels and scores [N], best first, of one look."""
 
     scale: float
     boxes: Tensor
@@ -38,14 +42,43 @@ class Sighting:
 def combined(sightings: Sequence[Sighting]) -> Sighting:
     """One list of all looks' objects, best first; `scale` is that of the surest look, where nobody sees anything the
     one nearest to 1."""
-    surest, *others = sorted(sightings, key=lambda s: (-s.sureness, max(s.scale, 1 / s.scale)))
-    boxes, scores = surest.boxes, surest.scores
-    for other in others:
-        fresh = ~_covered(other.boxes, boxes)
-        boxes = torch.cat((boxes, other.boxes[fresh]))
-        scores = torch.cat((scores, other.scores[fresh] * OTHERS))
+    surest = min(sightings, key=lambda s: (-s.sureness, max(s.scale, 1 / s.scale)))
+    near = [s for s in sightings if max(s.scale / surest.scale, surest.scale / s.scale) <= NEARBY]
+    boxes, scores = _fused(near)
+    for other in sightings:
+        if all(other is not s for s in near):
+            fresh = ~_covered(other.boxes, boxes)
+            boxes = torch.cat((boxes, other.boxes[fresh]))
+            scores = torch.cat((scores, other.scores[fresh] * OTHERS))
     order = scores.argsort(descending=True, stable=True)
     return Sighting(surest.scale, boxes[order], scores[order])
+
+
+def _fused(looks: Sequence[Sighting]) -> tuple[Tensor, Tensor]:
+    """Boxes [N, 4] and scores [N] that the looks agree on; each look has one vote on a box, and a blank one counts."""
+    if len(looks) == 1:
+        return looks[0].boxes, looks[0].scores
+    boxes, scores = torch.cat([s.boxes for s in looks]), torch.cat([s.scores for s in looks])
+    voter = torch.cat([torch.full((len(s.boxes),), i) for i, s in enumerate(looks)])
+    order = scores.argsort(descending=True, stable=True)
+    boxes, scores, voter = boxes[order], scores[order], voter[order].tolist()
+    agree = box_iou(boxes, boxes) > AGREE_IOU
+    free = torch.ones(len(boxes), dtype=torch.bool)
+    means, votes = [], []
+    for i in range(len(boxes)):
+        if not free[i]:
+            continue
+        members = agree[i] & free
+        members[i] = True
+        free &= ~members
+        first = {voter[j]: j for j in reversed(members.nonzero()[:, 0].tolist())}  # the best of each look
+        rows = list(first.values())
+        weight = scores[rows]
+        means.append((boxes[rows] * weight[:, None]).sum(0) / weight.sum().clamp(min=1e-9))
+        votes.append(weight.sum() / len(looks))
+    if not means:
+        return boxes, scores
+    return torch.stack(means), torch.stack(votes)
 
 
 def _covered(boxes: Tensor, by: Tensor) -> Tensor:

@@ -1,14 +1,12 @@
 """At which scale the dense branch looks at a tile: pixels looked at per pixel of the tile.
 
 A detector finds a thing best at the size on the screen at which it learned it. So each concept has working ground
-sampling distances, and a tile whose pixels are known to be `gsd_m` metres is looked at with the scale `gsd_m /
-working`. They follow from the scales of training's validation and the ground sampling distance of its sets: cars
-0.2 m (0.2 m imagery as it is), trees 0.1 m, SAR ships 0.67 m (1 m imagery enlarged 1.5 times). Optical ships come in
-two: 2 m, at which a freighter fits the receptive field (imagery of about 0.8 m seen at 0.4), and 0.5 m for boats.
-Where the ground sampling distance is unknown, objects are searched at several scales (see scale_search), masks and
-change are looked at with the scale of the imagery that they were learned on.
+sampling distances, and a tile whose pixels are known to be `gsd_m` metres is looked at with the scales
+`gsd_m / working`, which vote (see scale_search). Where the ground sampling distance is unknown, objects are searched at several scales;
+masks and change are looked at with the scale that suited such imagery best.
 
-`BOXES`, `MASKS` and `CHANGE` are to be tuned on validation records whenever the weights change.
+`BOXES`, `MASKS` and `CHANGE` were chosen by AP, IoU and F1 on the validation records, and are to be chosen again when
+the weights change.
 """
 
 from __future__ import annotations
@@ -47,43 +45,43 @@ class Rule:
 
 ANY_BOX = Rule()
 ANY_MASK = Rule(unknown=(1.0,))
-_VEHICLE = Rule(working=(0.2,))
-_BUILDING = Rule(working=(0.2,))
+_VEHICLE = Rule(working=(0.13, 0.27), unknown=(0.75, 1.5))
 _SEA_RADAR = Rule(unknown=(0.5,))
 
 # Keys are concepts, with ` sar` behind them where radar imagery has a rule of its own.
 BOXES: dict[str, Rule] = {
-    "ship": Rule(working=(0.5, 2.0)),
-    "ship sar": Rule(working=(0.67,), unknown=(0.75, 1.0, 1.5)),
+    "ship": Rule(working=(0.2, 0.5, 1.0, 2.0), unknown=(0.4, 0.55, 0.75)),
+    "ship sar": Rule(working=(1.3, 1.8), unknown=(0.55, 0.75)),
     "car": _VEHICLE,
     "vehicle": _VEHICLE,
     "bus": _VEHICLE,
     "truck": _VEHICLE,
     "large vehicle": _VEHICLE,
     "airplane": Rule(working=(0.2, 0.8)),
-    "building": _BUILDING,
-    "tree": Rule(working=(0.1,), unknown=(0.75, 1.0, 1.5)),
+    "building": Rule(working=(0.27, 0.5), unknown=(0.4, 0.75)),
+    "tree": Rule(working=(0.1, 0.133), unknown=(0.75, 1.0)),
 }
 MASKS: dict[str, Rule] = {
     "ship": Rule(working=(2.0,), unknown=(0.4,)),
-    "ship sar": Rule(working=(0.67,), unknown=(1.5,)),
+    "ship sar": Rule(working=(1.0,), unknown=(1.0,)),
     "car": Rule(working=(0.2,), unknown=(1.0,)),
     "building": Rule(working=(0.2,), unknown=(1.0,)),
     "tree": Rule(working=(0.1,), unknown=(1.0,)),
-    "road": Rule(working=(0.5,), unknown=(1.0,), low=0.4),
+    "road": Rule(working=(0.5,), unknown=(1.4,), low=0.4),
     "water": Rule(unknown=(0.75,)),
     "water sar": _SEA_RADAR,
     "land sar": _SEA_RADAR,
     "oil spill": _SEA_RADAR,
     "look-alike": _SEA_RADAR,
-    "forest": Rule(unknown=(1.0,)),
+    "forest": Rule(unknown=(1.5,)),
 }
-# Change: the ground sampling distance below which a rule holds, and the rule.
-CHANGE: tuple[tuple[float, Rule], ...] = (
-    (1.0, Rule(working=(0.33,), unknown=(1.5,), high=1.5)),  # 0.5 m enlarged 1.5 times
-    (4.0, Rule(working=(1.5,), low=0.75, high=2.0)),
-    (math.inf, Rule(working=(5.0,), high=2.0)),  # 10 m enlarged twice
+# Change: what the imagery is called, the ground sampling distance below which it is that, and its rule.
+CHANGE: tuple[tuple[str, float, Rule], ...] = (
+    ("fine", 1.0, Rule(working=(0.33,), high=1.5)),  # 0.5 m enlarged 1.5 times
+    ("medium", 4.0, Rule(working=(1.5,), low=0.75)),
+    ("coarse", math.inf, Rule(working=(6.7,), high=1.5)),  # 10 m enlarged 1.5 times
 )
+UNKNOWN_CHANGE = 1.0
 
 
 def box_scales(concept: str | None, modality: Modality, gsd_m: float | None) -> tuple[float, ...]:
@@ -96,10 +94,16 @@ def mask_scale(concept: str | None, modality: Modality, gsd_m: float | None) -> 
     return _rule(MASKS, ANY_MASK, concept, modality).scales(gsd_m)[0]
 
 
+def change_kind(gsd_m: float | None) -> str | None:
+    """What imagery of this ground sampling distance is called: the key of its change threshold."""
+    return None if gsd_m is None else next(kind for kind, below, _ in CHANGE if gsd_m < below)
+
+
 def change_scale(gsd_m: float | None) -> float:
     """The scale at which to compare two images."""
-    rule = CHANGE[0][1] if gsd_m is None else next(rule for below, rule in CHANGE if gsd_m < below)
-    return rule.scales(gsd_m)[0]
+    if gsd_m is None:
+        return UNKNOWN_CHANGE
+    return next(rule for _, below, rule in CHANGE if gsd_m < below).scales(gsd_m)[0]
 
 
 def bounded(scale: float, image: np.ndarray) -> float:

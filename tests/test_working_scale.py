@@ -13,11 +13,11 @@ from model_server.working_scale import ANY_BOX, BOXES, MASKS, box_scales, change
 @pytest.mark.parametrize(
     ("concept", "modality", "gsd_m", "scales"),
     [
-        ("car", "optical", 0.2, (1.0,)),
-        ("car", "optical", 0.1, (0.5,)),
-        ("tree", "optical", 0.1, (1.0,)),
-        ("ship", "sar", 1.0, (1.5,)),
-        ("ship", "optical", 0.8, (0.4, 1.6)),  # freighters and boats
+        ("car", "optical", 0.2, (0.741, 1.538)),
+        ("car", "optical", 0.1, (0.37, 0.769)),
+        ("tree", "optical", 0.1, (0.752, 1.0)),
+        ("ship", "sar", 1.0, (0.556, 0.769)),
+        ("ship", "optical", 0.8, (0.4, 0.8, 1.6)),  # freighters to boats
     ],
 )
 def test_a_known_ground_distance_decides(
@@ -32,7 +32,8 @@ def test_scales_have_limits_and_two_that_are_close_are_one() -> None:
             scales = rule.scales(gsd_m)
             assert all(rule.low <= scale <= rule.high for scale in scales)
             assert list(scales) == sorted(set(scales))
-    assert len(box_scales("ship", "optical", 0.1)) == len(box_scales("ship", "optical", 30)) == 1
+    assert box_scales("ship", "optical", 0.05) == (0.25,)
+    assert box_scales("ship", "optical", 30) == (2.0,)
 
 
 def test_where_nothing_is_known_objects_are_searched() -> None:
@@ -41,10 +42,10 @@ def test_where_nothing_is_known_objects_are_searched() -> None:
 
 
 def test_coarse_imagery_is_enlarged_for_change() -> None:
-    assert change_scale(10) == 2.0
+    assert change_scale(10) == pytest.approx(1.5, rel=0.02)
     assert change_scale(1.5) == 1.0
     assert change_scale(0.5) == pytest.approx(1.5, rel=0.02)
-    assert change_scale(None) == 1.5
+    assert change_scale(None) == 1.0
     assert change_scale(0.1) < 0.5
 
 
@@ -66,6 +67,14 @@ def test_the_surest_look_is_taken_whole_and_what_only_another_sees_counts_less()
     assert found.scale == 1.5
     assert found.boxes.tolist() == [list(boat), [14, 9, 88, 41], list(island)]
     assert found.scores.tolist() == pytest.approx([0.8, 0.3, 0.2 * OTHERS])
+
+
+def test_looks_at_nearby_scales_vote_on_a_box_and_on_its_score() -> None:
+    first = sighting(0.75, (0.0, 0.0, 40.0, 20.0, 0.8), (100.0, 0.0, 120.0, 20.0, 0.6))
+    second = sighting(1.5, (4.0, 0.0, 44.0, 20.0, 0.4))
+    found = combined([first, second])
+    assert found.scores.tolist() == pytest.approx([0.6, 0.3])  # a look that sees nothing there votes, too
+    assert found.boxes[0].tolist() == pytest.approx([4 / 3, 0, 40 + 4 / 3, 20])
 
 
 def test_many_unsure_parts_do_not_outweigh_a_few_sure_things() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +20,14 @@ from torch import Tensor, nn
 
 from model_server.calibration import DenseCalibration
 from model_server.checkpoints.store import save_dense
+from model_server.dense_perceiver import DensePerceiver
 from model_server.model.config import PRESETS
 from model_server.model.dense import DenseBranch, Maps, early_maps, start_branch
 from model_server.model.vision import Backbone
 from model_server.text.concepts import every_phrase
 from model_server.training.dense_data import BOX_SETS, CHANGE_SETS, MASK_SETS, PhraseBank, Views, read_scenes
 from model_server.training.dense_losses import box_losses, change_losses, mask_losses
-from model_server.training.dense_validation import SCALES, Looker, figures, fit_calibration, gather
+from model_server.training.dense_validation import SETS, figures, fit_calibration, gather
 from model_server.training.language import trained_vision
 from model_server.training.sentences import sentence_vectors
 from model_server.training.start import sentence_parts
@@ -178,14 +180,20 @@ class DenseTrainer:
                 mean.lerp_(now, 1 - decay)
         return {k: float(v.detach()) for k, v in terms.items()}
 
-    def looker(self) -> Looker:
-        """The averaged branch, ready to be asked."""
-        return Looker(self.backbone, self.average, self.vectors)
+    def perceiver(self) -> DensePerceiver:
+        """The averaged branch as it is served, its scores raw."""
+
+        def embed(phrases: Sequence[str]) -> Tensor:
+            return torch.stack([self.vectors[phrase] for phrase in phrases])
+
+        return DensePerceiver(
+            copy.deepcopy(self.backbone).float(), self.average, DenseCalibration(), embed, torch.device("cpu")
+        )
 
     def export(self, folder: Path) -> DenseCalibration:
         """Put the averaged branch into a checkpoint, with thresholds from the validation records."""
-        val = read_scenes(self.run.data, SCALES, "val", self.run.limit)
-        calibration = fit_calibration(gather(self.looker(), val))
+        val = read_scenes(self.run.data, SETS, "val", self.run.limit)
+        calibration = fit_calibration(gather(self.perceiver(), val))
         save_dense(folder, self.average, calibration)
         return calibration
 
@@ -194,7 +202,7 @@ class DenseTrainer:
         bank = PhraseBank(self.vectors)
         sets = {"boxes": BOX_SETS, "masks": MASK_SETS, "change": CHANGE_SETS}
         views = {task: Views(read_scenes(run.data, sets[task], "train", run.limit), sets[task], bank) for task in ORDER}
-        val = read_scenes(run.data, SCALES, "val", run.limit)
+        val = read_scenes(run.data, SETS, "val", run.limit)
         first, start, sums = self.step, time.monotonic(), dict[str, list[float]]()
         saved = validated = start
         with (run.run / "dense.jsonl").open("a", encoding="utf-8") as log:
@@ -212,7 +220,7 @@ class DenseTrainer:
                     self.save()
                     saved = now
                 if done or now - validated > 60 * run.validate_minutes:
-                    line = json.dumps({"step": self.step, "val": figures(gather(self.looker(), val))})
+                    line = json.dumps({"step": self.step, "val": figures(gather(self.perceiver(), val))})
                     print(line, file=log, flush=True)
                     print(line, flush=True)
                     validated = time.monotonic()

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from model_server.calibration import DenseCalibration, Logistic
+from model_server.dense_perceiver import DensePerceiver
 from model_server.evaluation.dense_metrics import (
     ImageBoxes,
     ProbabilityCounts,
@@ -18,61 +18,20 @@ from model_server.evaluation.dense_metrics import (
     match_boxes,
     mean_average_precision,
 )
-from model_server.model.dense import DenseBranch, Maps, early_maps, objects_of
-from model_server.model.looks import Frame
-from model_server.model.vision import Backbone
+from model_server.protocol import Modality, TileChange, TileMasks, TileObjects
+from model_server.query import Query
 from model_server.text.concepts import CONCEPTS
 from model_server.training.concepts import boxed, masked
 from model_server.training.dense_data import Scene, relit
 from model_server.training.export import fit_logistic
+from model_server.training.records import Record
+from model_server.working_scale import change_kind
 
-# Pixels looked at per pixel of the source. Coarse imagery is enlarged, so that its small things fill some cells.
-SCALES = {
-    "inshore_ships": 0.4, "estonia_aerial": 1.0, "neon_trees": 1.0, "hrsid_sar": 1.5, "epfl_roads": 1.0, "flood": 0.75,
-    "amazon_forest": 1.0, "oil_spill_sar": 0.5, "oscd": 2.0, "sztaki_air": 1.0, "levir_dsifn": 1.5, "egy_bcd": 1.5,
-}  # fmt: skip
-COARSE_SETS = frozenset({"oscd"})  # 10 m a pixel
+SETS = (
+    "inshore_ships", "estonia_aerial", "neon_trees", "hrsid_sar", "epfl_roads", "flood", "amazon_forest",
+    "oil_spill_sar", "oscd", "sztaki_air", "levir_dsifn", "egy_bcd",
+)  # fmt: skip
 BOX_IOU = {"hrsid_sar": 0.3, "neon_trees": 0.4}  # of the extra AP and F1; 0.5 elsewhere
-
-
-class Looker:
-    """The shared blocks and the branch on single images of any size."""
-
-    def __init__(self, backbone: Backbone, branch: DenseBranch, phrases: Mapping[str, Tensor]) -> None:
-        self.backbone, self.branch, self.phrases = backbone, branch, phrases
-
-    def vectors(self, names: Sequence[str]) -> Tensor:  # -> [1, K, E]
-        return torch.stack([self.phrases[name] for name in names])[None]
-
-    @torch.no_grad()
-    def maps(self, image: np.ndarray, frame: Frame) -> Maps:
-        early = early_maps(self.backbone, frame.look(image)[None], self.branch.config.shared)
-        return self.branch.maps({s: m.float() for s, m in early.items()})
-
-    @torch.no_grad()
-    def boxes(self, image: np.ndarray, scale: float, names: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Boxes [N, 4] in source pixels and scores [N], for each phrase."""
-        frame = Frame.of(image, scale)
-        found = self.branch.detect(self.branch.features(self.maps(image, frame)), self.vectors(names))
-        out = []
-        for k in range(len(names)):
-            objects = objects_of(found, 0, k)
-            out.append((frame.boxes_on_source(objects.boxes).numpy(), objects.scores.numpy()))
-        return out
-
-    @torch.no_grad()
-    def masks(self, image: np.ndarray, scale: float, names: Sequence[str]) -> np.ndarray:
-        """Probabilities [K, H, W] on the source's pixels."""
-        frame = Frame.of(image, scale)
-        logits = self.branch.segment(self.branch.features(self.maps(image, frame)), self.vectors(names))
-        return frame.logits_on_source(logits[0]).sigmoid().numpy()
-
-    @torch.no_grad()
-    def change(self, before: np.ndarray, after: np.ndarray, scale: float) -> np.ndarray:
-        """Probability of change [H, W] on the source's pixels."""
-        frame = Frame.of(before, scale)
-        logits = self.branch.change(self.maps(before, frame), self.maps(after, frame))
-        return frame.logits_on_source(logits)[0].sigmoid().numpy()
 
 
 @dataclass
@@ -81,7 +40,7 @@ class Gathered:
 
     boxes: dict[tuple[str, str], list[ImageBoxes]] = field(default_factory=dict)
     masks: dict[tuple[str, str], ProbabilityCounts] = field(default_factory=dict)
-    change: dict[str, ProbabilityCounts] = field(default_factory=dict)
+    change: dict[tuple[str, str | None], ProbabilityCounts] = field(default_factory=dict)  # by set and kind of imagery
     still: ProbabilityCounts = field(default_factory=ProbabilityCounts)  # pairs of one image, as it is or re-lit
 
 
@@ -90,52 +49,65 @@ def label_of(concept: str) -> str:
     return CONCEPTS[concept].said[0]
 
 
-def gather(looker: Looker, scenes: Iterable[Scene], scales: Mapping[str, float] = SCALES,
-           say: Callable[[str], str] = label_of) -> Gathered:  # fmt: skip
-    """Ask every concept that a scene is labelled for, in the words that `say` has for it."""
+def gather(perceiver: DensePerceiver, scenes: Iterable[Scene], say: Callable[[str], str] = label_of) -> Gathered:
+    """Ask every concept that a scene is labelled for, in the words that `say` has for it, as a caller would.
+
+    The perceiver's calibration should be the plain `DenseCalibration()`, so that scores are raw.
+    """
     out, rng = Gathered(), np.random.default_rng(0)
     for scene in scenes:
-        scale = scales[scene.record.set]
         if len(scene.images) == 2:
-            _gather_change(looker, scene, scale, rng, out)
+            _gather_change(perceiver, scene, rng, out)
         else:
-            _gather_boxes(looker, scene, scale, say, out)
-            _gather_masks(looker, scene, scale, say, out)
+            _gather_boxes(perceiver, scene, say, out)
+            _gather_masks(perceiver, scene, say, out)
     return out
 
 
-def _gather_boxes(looker: Looker, scene: Scene, scale: float, say: Callable[[str], str], out: Gathered) -> None:
-    names = sorted(boxed(scene.record))
-    if not names:
-        return
-    labels = [o.label for o in scene.record.objects]
-    asked = looker.boxes(scene.images[0], scale, [say(name) for name in names])
-    for name, (boxes, scores) in zip(names, asked, strict=True):
+def _modality(record: Record) -> Modality:
+    return "sar" if record.modality == "sar" else "optical"
+
+
+def _gather_boxes(perceiver: DensePerceiver, scene: Scene, say: Callable[[str], str], out: Gathered) -> None:
+    names, record, image = sorted(boxed(scene.record)), scene.record, scene.images[0]
+    labels = [o.label for o in record.objects]
+    queries = [Query("ground", image, say(n), gsd_m=record.gsd_m, modality=_modality(record)) for n in names]
+    for name, answer in zip(names, perceiver.answer(queries), strict=True):
+        assert isinstance(answer, TileObjects)
         truth = scene.boxes[[label in CONCEPTS[name].labels for label in labels]]
-        out.boxes.setdefault((scene.record.set, name), []).append(ImageBoxes(boxes, scores, truth))
+        found = np.array(answer.boxes, np.float32).reshape(-1, 4), np.array(answer.scores, np.float32)
+        out.boxes.setdefault((record.set, name), []).append(ImageBoxes(*found, truth))
 
 
-def _gather_masks(looker: Looker, scene: Scene, scale: float, say: Callable[[str], str], out: Gathered) -> None:
+def _gather_masks(perceiver: DensePerceiver, scene: Scene, say: Callable[[str], str], out: Gathered) -> None:
     if scene.mask is None:
         return
-    classes = masked(scene.record)
+    record, classes = scene.record, masked(scene.record)
     names = sorted(classes)
-    asked = looker.masks(scene.images[0], scale, [say(name) for name in names])
-    for name, p in zip(names, asked, strict=True):
-        counts = out.masks.setdefault((scene.record.set, name), ProbabilityCounts())
-        counts.add(p, np.isin(scene.mask, list(classes[name])))
+    labels = tuple(say(name) for name in names)
+    query = Query("segment", scene.images[0], labels=labels, gsd_m=record.gsd_m, modality=_modality(record))
+    (answer,) = perceiver.answer([query])
+    assert isinstance(answer, TileMasks)
+    for name, p in zip(names, answer.probabilities, strict=True):
+        counts = out.masks.setdefault((record.set, name), ProbabilityCounts())
+        counts.add(p / 255, np.isin(scene.mask, list(classes[name])))
 
 
-def _gather_change(looker: Looker, scene: Scene, scale: float, rng: np.random.Generator, out: Gathered) -> None:
+def _gather_change(perceiver: DensePerceiver, scene: Scene, rng: np.random.Generator, out: Gathered) -> None:
     before, after = scene.images
     assert scene.mask is not None
-    counts = out.change.setdefault(scene.record.set, ProbabilityCounts())
-    counts.add(looker.change(before, after, scale), scene.mask > 127)
-    part = before[:384, :384]
-    light = relit(torch.from_numpy(np.array(part)).permute(2, 0, 1), rng).permute(1, 2, 0).numpy()
-    for other in (part, light):
-        still = looker.change(part, other, scale)
-        out.still.add(still, np.zeros(still.shape, bool))
+    part = np.array(before[:384, :384])
+    light = relit(torch.from_numpy(part).permute(2, 0, 1), rng).permute(1, 2, 0).numpy()
+    pairs, gsd_m = ((before, after), (part, part), (part, light)), scene.record.gsd_m
+    answers = perceiver.answer([Query("detect_change", a, after=b, gsd_m=gsd_m) for a, b in pairs])
+    key = (scene.record.set, change_kind(gsd_m))
+    for i, answer in enumerate(answers):
+        assert isinstance(answer, TileChange)
+        p = answer.probabilities / 255
+        if i == 0:
+            out.change.setdefault(key, ProbabilityCounts()).add(p, scene.mask > 127)
+        else:
+            out.still.add(p, np.zeros(p.shape, bool))
 
 
 def figures(found: Gathered, thresholds: Mapping[str, Mapping[str, float]] | None = None) -> dict[str, float]:
@@ -159,7 +131,8 @@ def figures(found: Gathered, thresholds: Mapping[str, Mapping[str, float]] | Non
         out[f"{group}/{name} iou"] = (counts.best()[1] if at is None else counts.at(at)).iou
     at = (thresholds or {}).get("change", {}).get("default")
     pooled = _pooled(found.change.values())
-    for group, counts in sorted(found.change.items()):
+    for group in sorted({group for group, _ in found.change}):
+        counts = _summed(c for (g, _), c in found.change.items() if g == group)
         out[f"{group} f1"] = counts.best()[1].f1
         out[f"{group} f1_common"] = counts.at(pooled.best()[0] if at is None else at).f1
     if found.change:
@@ -178,8 +151,16 @@ def _pooled(counts: Iterable[ProbabilityCounts]) -> ProbabilityCounts:
     return out
 
 
+def _summed(counts: Iterable[ProbabilityCounts]) -> ProbabilityCounts:
+    out = ProbabilityCounts()
+    for c in counts:
+        out.inside += c.inside
+        out.outside += c.outside
+    return out
+
+
 def fit_calibration(found: Gathered) -> DenseCalibration:
-    """Thresholds of highest F1: of boxes and masks by concept, of change for coarse and fine imagery and for both."""
+    """Thresholds of highest F1: of boxes and masks by concept, of change by the kind of imagery."""
     concepts = sorted({name for _, name in found.boxes})
     detect, confidence = {}, {}
     for name in concepts:
@@ -193,11 +174,10 @@ def fit_calibration(found: Gathered) -> DenseCalibration:
         name: _pooled(c for (_, n), c in sorted(found.masks.items()) if n == name).best()[0]
         for name in sorted({n for _, n in found.masks})
     }
+    kinds = sorted({kind for _, kind in found.change}, key=str)
     change = {"default": _pooled(found.change.values()).best()[0]}
-    for key, coarse in (("coarse", True), ("fine", False)):
-        members = [c for group, c in found.change.items() if (group in COARSE_SETS) == coarse]
-        if members:
-            change[key] = _pooled(members).best()[0]
+    for kind in kinds:
+        change[kind or "default"] = _pooled(c for (_, k), c in found.change.items() if k == kind).best()[0]
     return DenseCalibration(
         detect={"default": best_f1_threshold(everything)[0] if everything else 0.35, **detect},
         mask={"default": float(np.mean(list(mask.values()))) if mask else 0.5, **mask},

@@ -286,10 +286,10 @@ def test_a_run_that_was_cut_off_resumes_to_the_same_weights(small_data: Path, tm
 
 def test_figures_and_thresholds_come_from_the_same_predictions(small_data: Path, tmp_path: Path) -> None:
     start_run(tmp_path)
-    looker = DenseTrainer(settings(small_data, tmp_path)).looker()
+    perceiver = DenseTrainer(settings(small_data, tmp_path)).perceiver()
     scenes = [s for s in read_scenes(small_data, {k: v for k, v in BOX_SETS.items() if k != "ucm"}, "val")]
     scenes += read_scenes(small_data, {"oscd": CHANGE_SETS["oscd"]}, "val")
-    found = gather(looker, scenes)
+    found = gather(perceiver, scenes)
     said, fitted = figures(found), fit_calibration(found)
     assert {"inshore_ships/ship ap50", "oscd f1", "still changed", "hrsid_sar/ship iou"} <= said.keys()
     assert {"default", "coarse"} <= fitted.change.keys()
