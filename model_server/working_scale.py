@@ -2,8 +2,8 @@
 
 A detector finds a thing best at the size on the screen at which it learned it. So each concept has working ground
 sampling distances, and a tile whose pixels are known to be `gsd_m` metres is looked at with the scales
-`gsd_m / working`, which vote (see scale_search). Where the ground sampling distance is unknown, objects are searched at several scales;
-masks and change are looked at with the scale that suited such imagery best.
+`gsd_m / working`, which vote (see scale_search). Where the ground sampling distance is unknown, objects are searched at
+several scales; masks and change are looked at with the scale that suited such imagery best.
 
 `BOXES`, `MASKS` and `CHANGE` were chosen by AP, IoU and F1 on the validation records, and are to be chosen again when
 the weights change.
