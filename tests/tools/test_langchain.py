@@ -43,6 +43,8 @@ EXAMPLES: dict[str, tuple[dict[str, Any], type[results.Result]]] = {
 
 
 class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # which keeps connections
+
     def do_POST(self) -> None:
         request, tiles = decode_request(self.rfile.read(int(self.headers["Content-Length"])))
         body = encode_response(asyncio.run(PlantedModel().perceive(request, tiles)))
