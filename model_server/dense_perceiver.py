@@ -24,7 +24,7 @@ from model_server.model.vision import Backbone
 from model_server.protocol import TileChange, TileMasks, TileObjects
 from model_server.query import Query
 from model_server.scale_search import Sighting, combined
-from model_server.working_scale import bounded, box_scales, change_kind, change_scale, mask_scale
+from model_server.working_scale import bounded, box_scales, change_kind, change_scale, mask_scales
 
 FLOOR = 0.02  # calibrated score of the least object that is given
 PASS_PIXELS = 2**20  # looked at in one pass: enough to keep a processor busy, and little memory
@@ -75,14 +75,18 @@ class DensePerceiver:
         meanings = self.phrases.read(asked)
         sightings: dict[int, list[Sighting]] = defaultdict(list)
         masks = {i: self._blank(q, meanings) for i, q in enumerate(queries) if q.task == "segment"}
+        drawn: dict[tuple[int, int], list[Tensor]] = defaultdict(list)  # query and label -> logits of each look
         for look, features in self._features(_looks(queries, meanings)):
             boxed = [meanings[queries[i].text] for i in look.boxes]
             for i, seen in zip(look.boxes, self._sightings(look, features, boxed), strict=True):
                 sightings[i].append(seen)
             for i, rows in look.masks:
                 vectors = torch.stack([meanings[queries[i].labels[row]].vector for row in rows])
-                logits = self.branch.segment(features, vectors[None])[0]
-                masks[i].probabilities[rows] = _bytes(look.frame.logits_on_source(logits))
+                logits = look.frame.logits_on_source(self.branch.segment(features, vectors[None])[0])
+                for row, mask in zip(rows, logits, strict=True):
+                    drawn[i, row].append(mask)
+        for (i, row), looks in drawn.items():
+            masks[i].probabilities[row] = _bytes(torch.stack(looks).mean(0))
         answers: dict[int, TileObjects | TileMasks | TileChange] = dict(masks)
         answers |= {i: self._objects(combined(seen), meanings[queries[i].text]) for i, seen in sightings.items()}
         answers |= self._changes(queries)
@@ -135,7 +139,11 @@ class DensePerceiver:
             labels=list(query.labels),
             thresholds=[_of(self.calibration.mask, m.concept) for m in meant],
             known=[m.known for m in meant],
-            scale=max(bounded(mask_scale(m.concept, query.modality, query.gsd_m), query.image) for m in meant),
+            scale=max(
+                bounded(scale, query.image)
+                for m in meant
+                for scale in mask_scales(m.concept, query.modality, query.gsd_m)
+            ),
             probabilities=np.zeros((len(query.labels), *query.image.shape[:2]), np.uint8),
         )
 
@@ -182,7 +190,8 @@ def _looks(queries: Sequence[Query], meanings: dict[str, Meaning]) -> list[_Look
         elif query.task == "segment":
             rows: dict[float, list[int]] = defaultdict(list)
             for row, label in enumerate(query.labels):
-                rows[mask_scale(meanings[label].concept, query.modality, query.gsd_m)].append(row)
+                for scale in mask_scales(meanings[label].concept, query.modality, query.gsd_m):
+                    rows[scale].append(row)
             for scale, some in rows.items():
                 at(query.image, scale).masks.append((i, some))
     return list(looks.values())

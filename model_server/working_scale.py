@@ -3,7 +3,7 @@
 A detector finds a thing best at the size on the screen at which it learned it. So each concept has working ground
 sampling distances, and a tile whose pixels are known to be `gsd_m` metres is looked at with the scales
 `gsd_m / working`, which vote (see scale_search). Where the ground sampling distance is unknown, objects are searched at
-several scales; masks and change are looked at with the scale that suited such imagery best.
+several scales; masks and change are looked at with those that suited such imagery best.
 
 `BOXES`, `MASKS` and `CHANGE` were chosen by AP, IoU and F1 on the validation records, and are to be chosen again when
 the weights change.
@@ -67,8 +67,8 @@ MASKS: dict[str, Rule] = {
     "car": Rule(working=(0.2,), unknown=(1.0,)),
     "building": Rule(working=(0.2,), unknown=(1.0,)),
     "tree": Rule(working=(0.1,), unknown=(1.0,)),
-    "road": Rule(working=(0.5,), unknown=(1.4,), low=0.4),
-    "water": Rule(unknown=(0.75,)),
+    "road": Rule(working=(0.5,), unknown=(0.75, 1.4), low=0.4),
+    "water": Rule(unknown=(0.5, 1.0)),
     "water sar": _SEA_RADAR,
     "land sar": _SEA_RADAR,
     "oil spill": _SEA_RADAR,
@@ -89,9 +89,9 @@ def box_scales(concept: str | None, modality: Modality, gsd_m: float | None) -> 
     return _rule(BOXES, ANY_BOX, concept, modality).scales(gsd_m)
 
 
-def mask_scale(concept: str | None, modality: Modality, gsd_m: float | None) -> float:
-    """The scale at which to draw a concept's mask; None = a phrase of no known concept."""
-    return _rule(MASKS, ANY_MASK, concept, modality).scales(gsd_m)[0]
+def mask_scales(concept: str | None, modality: Modality, gsd_m: float | None) -> tuple[float, ...]:
+    """Scales at which to draw a concept's mask, whose mean counts; None = a phrase of no known concept."""
+    return _rule(MASKS, ANY_MASK, concept, modality).scales(gsd_m)
 
 
 def change_kind(gsd_m: float | None) -> str | None:

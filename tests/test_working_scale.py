@@ -7,7 +7,7 @@ import torch
 
 from model_server.protocol import Modality
 from model_server.scale_search import OTHERS, Sighting, combined
-from model_server.working_scale import ANY_BOX, BOXES, MASKS, box_scales, change_scale, mask_scale
+from model_server.working_scale import ANY_BOX, BOXES, MASKS, box_scales, change_scale, mask_scales
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,8 @@ def test_coarse_imagery_is_enlarged_for_change() -> None:
 
 
 def test_radar_of_the_sea_is_seen_as_a_whole() -> None:
-    assert mask_scale("water", "sar", 10) == mask_scale("oil spill", "sar", 10) == 0.5
-    assert mask_scale("water", "optical", None) == 0.75
+    assert mask_scales("water", "sar", 10) == mask_scales("oil spill", "sar", 10) == (0.5,)
+    assert len(mask_scales("water", "optical", None)) == 2
 
 
 def sighting(scale: float, *rows: tuple[float, float, float, float, float]) -> Sighting:
