@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -23,6 +23,7 @@ from model_server.model.looks import Frame, stacked
 from model_server.model.vision import Backbone
 from model_server.protocol import TileChange, TileMasks, TileObjects
 from model_server.query import Query
+from model_server.relations import Relation, parse
 from model_server.scale_search import Sighting, combined
 from model_server.working_scale import bounded, box_scales, change_kind, change_scale, mask_scales
 
@@ -69,8 +70,11 @@ class DensePerceiver:
     def answer(self, queries: Sequence[Query]) -> list[TileObjects | TileMasks | TileChange]:
         """Answer ground, segment and detect_change queries, in order.
 
+        A ground query for a single thing among its like ("the largest ship") is answered by that one box.
         The text of a detect_change query is not looked at: the branch knows changed from unchanged only.
         """
+        relations = [parse(q.text) if q.task == "ground" else None for q in queries]
+        queries = [replace(q, text=r.head) if r else q for q, r in zip(queries, relations, strict=True)]
         asked = [text for q in queries for text in ((q.text,) if q.task == "ground" else q.labels)]
         meanings = self.phrases.read(asked)
         sightings: dict[int, list[Sighting]] = defaultdict(list)
@@ -89,6 +93,10 @@ class DensePerceiver:
             masks[i].probabilities[row] = _bytes(torch.stack(looks).mean(0))
         answers: dict[int, TileObjects | TileMasks | TileChange] = dict(masks)
         answers |= {i: self._objects(combined(seen), meanings[queries[i].text]) for i, seen in sightings.items()}
+        for i, relation in enumerate(relations):
+            answer = answers.get(i)
+            if relation is not None and isinstance(answer, TileObjects):
+                answers[i] = _singled_out(answer, relation, queries[i].image)
         answers |= self._changes(queries)
         return [answers[i] for i in range(len(queries))]
 
@@ -171,6 +179,16 @@ class DensePerceiver:
 
     def _change_threshold(self, gsd_m: float | None) -> float:
         return _of(self.calibration.change, change_kind(gsd_m))
+
+
+def _singled_out(found: TileObjects, relation: Relation, image: np.ndarray) -> TileObjects:
+    """Of the objects at the threshold the one that is meant; all of them as they are where none reaches it."""
+    boxes, scores = np.array(found.boxes).reshape(-1, 4), np.array(found.scores)
+    good = scores >= found.threshold
+    if not good.any():
+        return found
+    row = int(np.flatnonzero(good)[relation.pick(boxes[good], scores[good], (0, 0, image.shape[1], image.shape[0]))])
+    return found.model_copy(update={"boxes": [found.boxes[row]], "scores": [found.scores[row]]})
 
 
 def _looks(queries: Sequence[Query], meanings: dict[str, Meaning]) -> list[_Look]:

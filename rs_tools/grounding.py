@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from model_server.protocol import TileObjects
+from model_server.relations import Relation
 from rs_tools.artifacts import Feature, decimals
 from rs_tools.calls import Call, Output, common
 from rs_tools.geometry.measures import TileFrame
@@ -39,8 +40,8 @@ class Found:
     known: bool
 
 
-def found_in(call: Call, seen: Seen[TileObjects], min_score: float) -> Found:
-    """Each object once. `min_score` 0: at the model's own threshold."""
+def found_in(call: Call, seen: Seen[TileObjects], min_score: float, relation: Relation | None = None) -> Found:
+    """Each object once, or the one that a relation singles out. `min_score` 0: at the model's own threshold."""
     looks, region = seen.looks, call.region
     own = max((look.answer.threshold for look in looks), default=0.0)
     limit = min_score or own
@@ -55,9 +56,11 @@ def found_in(call: Call, seen: Seen[TileObjects], min_score: float) -> Found:
     sizes = merged.boxes[:, 2:] - merged.boxes[:, :2]
     good = (merged.scores >= limit) & (sizes > 0).all(axis=1)
     below = [score for look in looks for score in look.answer.scores if score < limit]
-    return Found(
-        merged.boxes[good], merged.scores[good], limit, max(below, default=0.0), all(one.answer.known for one in looks)
-    )
+    boxes, scores = merged.boxes[good], merged.scores[good]
+    if relation is not None and len(boxes):
+        row = relation.pick(boxes, scores, region)
+        boxes, scores = boxes[row : row + 1], scores[row : row + 1]
+    return Found(boxes, scores, limit, max(below, default=0.0), all(one.answer.known for one in looks))
 
 
 def grounded(call: Call, query: str, max_objects: int, found: Found, seen: Seen[TileObjects]) -> GroundResult:

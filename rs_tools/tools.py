@@ -29,6 +29,7 @@ from model_server.protocol import (
     TileObjects,
     TileVqa,
 )
+from model_server.relations import parse
 from rs_tools.amounts import Amount, asked_amount
 from rs_tools.calls import NO_DATA, Call, Output, common, elapsed, scene_gsd_m, scene_provenance
 from rs_tools.errors import DeadlinePassed, InputError, PerceptionError, ServerError
@@ -220,14 +221,17 @@ class Tools:
     ) -> tuple[GroundResult, Found]:
         from rs_tools import grounding
 
+        relation = parse(phrase)  # which one of them is meant shows in the scene, not in a tile
+
         def reduce(seen: Seen[TileObjects]) -> GroundResult:
-            found = grounding.found_in(call, seen, min_score)
+            found = grounding.found_in(call, seen, min_score, relation)
             return grounding.grounded(call, phrase, max_objects, found, seen)
 
-        seen = await self._seen(call, _ground_request(call, phrase), _objects, reduce, progress)
+        request = _ground_request(call, relation.head if relation else phrase)
+        seen = await self._seen(call, request, _objects, reduce, progress)
 
         def finish() -> tuple[GroundResult, Found]:
-            found = grounding.found_in(call, seen, min_score)
+            found = grounding.found_in(call, seen, min_score, relation)
             result = grounding.grounded(call, phrase, max_objects, found, seen)
             if seen.valid:
                 result.artifacts = grounding.written(call, Output(self._store(), preview), phrase, found, result)

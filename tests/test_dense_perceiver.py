@@ -19,7 +19,7 @@ from model_server.model.dense import DenseBranch, Found, Maps
 from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver, Query
 from model_server.protocol import PerceiveRequest, TaskNotServed, TileCaption, TileChange, TileMasks, TileObjects
 from model_server.text.concepts import DISTRACTORS, every_phrase
-from model_server.working_scale import MAX_LOOK_PIXELS, bounded
+from model_server.working_scale import BOXES, MASKS, MAX_LOOK_PIXELS, Rule, bounded
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,14 @@ def dense(perceiver: Perceiver) -> DensePerceiver:
     copy = object.__new__(DensePerceiver)
     copy.__dict__.update(perceiver.dense.__dict__)
     return copy
+
+
+@pytest.fixture(autouse=True)
+def rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales that stay as they are when those of the shipped model are tuned."""
+    monkeypatch.setitem(BOXES, "car", Rule(working=(0.2,)))
+    for concept, scale in (("forest", 1.0), ("water", 0.75), ("oil spill", 0.5), ("ship sar", 1.5)):
+        monkeypatch.setitem(MASKS, concept, Rule(unknown=(scale,)))
 
 
 def picture(seed: int, height: int = 60, width: int = 80) -> np.ndarray:
@@ -122,6 +130,23 @@ def test_boxes_lie_on_the_pixels_of_the_tile(dense: DensePerceiver, height: int,
     for x1, y1, x2, y2 in answer.boxes:
         assert 0 <= x1 < x2 <= width
         assert 0 <= y1 < y2 <= height
+
+
+def test_a_phrase_for_one_thing_is_answered_by_one_box(dense: DensePerceiver) -> None:
+    def detect(features: Tensor, phrases: Tensor) -> Found:
+        h, w = features.shape[-2:]
+        heat, distances = torch.full((1, phrases.shape[1], h, w), -9.0), torch.full((1, 4, h, w), 6.0)
+        heat[..., 2, 2], heat[..., 10, 10] = 4.0, 3.0
+        distances[..., 10, 10] = 12.0
+        return Found(heat, distances, torch.full((1, h, w), 3.0))
+
+    dense.branch = cast(DenseBranch, SimpleNamespace(**bare(dense.branch), detect=detect))
+    image = picture(0, 64, 64)
+    texts = ("car", "the largest car", "the car in the upper left")
+    answers = dense.answer([Query("ground", image, text=text, gsd_m=0.2) for text in texts])
+    every, largest, upper = [answer.boxes for answer in answers if isinstance(answer, TileObjects)]
+    assert len(every) == 2
+    assert (largest, upper) == (every[1:], every[:1])
 
 
 def bare(branch: DenseBranch) -> dict[str, object]:

@@ -52,6 +52,17 @@ def boxes(result: GroundResult) -> list[tuple[float, ...]]:
     return sorted(tuple(one.bbox_px) for one in result.objects)
 
 
+@pytest.mark.parametrize(
+    ("phrase", "ship"), [("the largest ship", SHIPS[1]), ("the ship in the lower left", SHIPS[3])]
+)
+async def test_one_thing_among_its_like_is_singled_out_in_the_scene_not_in_each_tile(
+    tools: Tools, phrase: str, ship: tuple[int, ...]
+) -> None:
+    found = await tools.ground("sea.tif", phrase)
+    assert boxes(found) == [ship]
+    assert (found.count, found.objects[0].label) == (1, phrase)
+
+
 async def test_each_thing_is_found_once_also_across_seams_and_at_the_rim(tools: Tools, model: PlantedModel) -> None:
     found = await tools.ground("sea.tif", " ship ")
     assert boxes(found) == sorted(SHIPS)
