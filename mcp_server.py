@@ -137,7 +137,9 @@ async def vqa(
 async def ground(
     ctx: ToolContext,
     image: Image,
-    query: Annotated[str, Field(description="What to find: one kind of thing in a few words, such as 'ship' or 'car'")],
+    query: Annotated[
+        str, Field(description="A kind of thing, such as 'ship', or one of them by size or place: 'the largest ship'")
+    ],
     region: Region = EMPTY,
     max_objects: Annotated[
         int, Field(description="How many to list, best first; count and the linked file tell of all")
