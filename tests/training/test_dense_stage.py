@@ -62,6 +62,8 @@ def write_set(root: Path, name: str, rng: np.random.Generator) -> None:
         if name in BOX_SETS and name != "ucm":
             label = {"neon_trees": "tree", "estonia_aerial": "car"}.get(name, "ship")
             row["objects"] = [{"label": label, "bbox": [x, y, x + 20, y + 20]}]
+        if name == "oscd":
+            row["gsd_m"] = 10.0
         if name == "ucm":
             row |= {"scene": "forest", "presence": {"ship": False, "trees": True, "water": False, "sea": False}}
         rows.append(json.dumps(row))
