@@ -18,6 +18,7 @@ from rs_tools.geometry.blending import NODATA
 from rs_tools.geometry.measures import Georeference, geodesic_area_m2
 
 _STRIP_ROWS = 1024
+_MOST_OFF = 1.5  # tolerances
 _AREA_TOLERANCE = 0.01  # pixels
 _BATCH_POINTS = 100_000  # that are placed at once
 _WORLDS = range(-2, 3)  # turns around the Earth that a ring may have run on
@@ -188,13 +189,19 @@ def _totals(pieces: list[shapely.Polygon], scores: np.ndarray | None, place: Aff
 
 
 def simplified(polygon: shapely.Polygon, tolerance: float = 1.0) -> shapely.Polygon:
-    """The outline without its steps: fewer points, each about `tolerance` pixels off at most; valid, holes kept.
+    """The outline without its steps: fewer points, no old point more than 1.5 times `tolerance` off; valid, holes kept.
 
-    A hole or a polygon too small to survive keeps its exact outline.
+    An outline that cannot be simplified so, such as that of a polygon too small to survive, stays exact.
     """
     simple = shapely.simplify(polygon, tolerance, preserve_topology=True)
     fits = simple.is_valid and isinstance(simple, shapely.Polygon) and not simple.is_empty
-    return simple if fits and abs(simple.area - polygon.area) <= 0.2 * polygon.area else polygon
+    if not fits or abs(simple.area - polygon.area) > 0.2 * polygon.area:
+        return polygon
+    # To stay valid shapely may move an outline further than it was told; its new points are all old ones.
+    outline = simple.boundary
+    shapely.prepare(outline)
+    off = shapely.distance(shapely.points(shapely.get_coordinates(polygon)), outline)
+    return simple if off.max() <= _MOST_OFF * tolerance else polygon
 
 
 def measured(found: Sequence[Shape], georeference: Georeference | None) -> list[Shape]:

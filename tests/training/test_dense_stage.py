@@ -232,17 +232,31 @@ def test_the_rate_rises_stays_and_falls() -> None:
     assert 1 > rates[3] > rates[4] > 0
 
 
+@torch.no_grad()
+def losses(trainer: DenseTrainer, data: Path) -> dict[str, float]:
+    """Means over the same views of each task, whatever the trainer has seen since."""
+    sums: dict[str, list[float]] = {}
+    for task, sets in (("boxes", BOX_SETS), ("masks", MASK_SETS), ("change", CHANGE_SETS)):
+        views = Views(read_scenes(data, sets, "train"), sets, PhraseBank(trainer.vectors))
+        for seed in range(8):
+            for term, value in trainer.losses(task, views, np.random.default_rng(seed)).items():
+                sums.setdefault(term, []).append(float(value))
+    return {term: sum(values) / len(values) for term, values in sums.items()}
+
+
 def test_the_stage_learns_all_three_tasks_and_fills_a_checkpoint(
     small_data: Path, tmp_path: Path, debug_weights: Path
 ) -> None:
     start_run(tmp_path)
     trainer = DenseTrainer(settings(small_data, tmp_path, steps=300, rate=3e-3, head_rate=6e-3, ema=0.9))
+    at_first = losses(trainer, small_data)
     trainer.fit()
+    at_last = losses(trainer, small_data)
+    for term, share in (("heat", 0.8), ("mask", 0.8), ("change", 0.8), ("box", 0.8)):
+        assert at_last[term] < share * at_first[term], term
     lines = [json.loads(line) for line in (tmp_path / "dense.jsonl").read_text().splitlines()]
-    losses, last = [line for line in lines if "heat" in line], lines[-1]["val"]
-    for term, share in (("heat", 0.8), ("mask", 0.9), ("change", 0.8), ("box", 1.0)):
-        assert losses[-1][term] < share * losses[0][term], term
-    assert last["sztaki_air f1"] > 0.3
+    assert any("heat" in line for line in lines)
+    assert lines[-1]["val"]["sztaki_air f1"] > 0.3
 
     weights = tmp_path / "weights"
     weights.mkdir()
