@@ -16,7 +16,7 @@ from model_server.protocol import (
     decode_response,
     encode_request,
 )
-from rs_tools.errors import InputError, ServerBusy, ServerError, ServerUnavailable
+from rs_tools.errors import InputError, NotServed, ServerBusy, ServerError, ServerUnavailable
 from rs_tools.local_server import LocalServer, find_or_start
 
 # A large scene on a CPU is minutes of work; a deadline for the whole belongs to the caller, who may cancel.
@@ -64,6 +64,7 @@ class ModelClient:
             InputError: the tiles are too many bytes for one request.
             ServerBusy: the queue is full, or the model at a given url is still loading.
             ServerUnavailable: nobody answers, also after one reconnect.
+            NotServed: the model has no part for this task.
             ServerError: the server refused the request or failed on it.
         """
         body = await asyncio.to_thread(encode_request, request, tiles)
@@ -163,7 +164,7 @@ def _checked(response: httpx.Response) -> httpx.Response:
     if response.status_code == 401:
         message = f"{message}: give the token of the server at {response.url.host}"
     if response.status_code == 501:
-        raise ServerError(message)  # nothing is wrong with the server: its model cannot do this
+        raise NotServed(message)  # nothing is wrong with the server: its model cannot do this
     raise ServerError(f"the model server answered {response.status_code}: {message}")
 
 

@@ -37,6 +37,10 @@ class ServerError(PerceptionError):
     """The model server refused the request or failed on it."""
 
 
+class NotServed(ServerError):
+    """The loaded model has no part for this task; the message names the tasks that it serves."""
+
+
 class DeadlinePassed(PerceptionError):
     """The time for one call is over; the message says what was found until then. The rest of the work is cancelled."""
 

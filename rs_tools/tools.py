@@ -32,7 +32,7 @@ from model_server.protocol import (
 from model_server.relations import parse
 from rs_tools.amounts import Amount, asked_amount
 from rs_tools.calls import NO_DATA, Call, Output, common, elapsed, scene_gsd_m, scene_provenance
-from rs_tools.errors import DeadlinePassed, InputError, PerceptionError, ServerError
+from rs_tools.errors import DeadlinePassed, InputError, NotServed, PerceptionError, ServerError
 from rs_tools.imagery.access import AccessPolicy, Source, Stamp, stamp_of
 from rs_tools.imagery.alignment import Pair
 from rs_tools.imagery.scene import Region, Scene
@@ -463,7 +463,7 @@ class Tools:
         blank = np.full((_BLANK, _BLANK, 3), 127, np.uint8)
         try:
             response = await self._client.perceive(request, [blank])
-        except ServerError:  # this model cannot do it at all
+        except NotServed:
             return False
         answers = [*(one.known for one in response.objects), *(known for one in response.masks for known in one.known)]
         return bool(answers) and all(answers)

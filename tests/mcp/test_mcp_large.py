@@ -15,7 +15,7 @@ from mcp_processes import Connect, text_of
 
 import mcp_server
 from model_server.protocol import ModelInfo, PerceiveRequest, PerceiveResponse, TileVqa
-from rs_tools.errors import ServerError
+from rs_tools.errors import NotServed
 from rs_tools.imagery.access import AccessPolicy
 from rs_tools.looking import BATCH
 
@@ -46,7 +46,7 @@ class GatedModel:
 
     async def perceive(self, request: PerceiveRequest, tiles: list[np.ndarray]) -> PerceiveResponse:
         if request.task == "ground":
-            raise ServerError("this model has no part for boxes")
+            raise NotServed("this model has no part for boxes")
         self.batches += 1
         if self.batches > 1:
             self.waiting.set()

@@ -22,7 +22,7 @@ from scripted import GUILTY, ScriptedPerceiver, tile
 from model_server.engine import Engine
 from model_server.protocol import MAX_BODY_BYTES, PerceiveRequest, TileChange
 from rs_tools.client import ModelClient
-from rs_tools.errors import InputError, ServerBusy, ServerError, ServerUnavailable
+from rs_tools.errors import InputError, NotServed, ServerBusy, ServerError, ServerUnavailable
 
 CAPTION = PerceiveRequest(task="caption")
 
@@ -270,7 +270,7 @@ async def test_a_model_that_cannot_do_a_task_is_named_with_what_it_can(
 ) -> None:
     perceiver.tasks = ("caption", "vqa")
     async with asyncio.timeout(20), ModelClient(scripted_url, token="secret") as client:
-        with pytest.raises(ServerError, match=r"^the loaded model 'scripted' has no part for ground") as refusal:
+        with pytest.raises(NotServed, match=r"^the loaded model 'scripted' has no part for ground") as refusal:
             await client.perceive(PerceiveRequest(task="ground", text="ship"), [tile(1)])
     assert "it serves caption, vqa: use one of these" in str(refusal.value)
 

@@ -21,7 +21,7 @@ from model_server.protocol import (
     TileClasses,
     TileVqa,
 )
-from rs_tools.errors import ServerError
+from rs_tools.errors import NotServed
 from rs_tools.imagery.access import AccessPolicy
 from rs_tools.imagery.scene import Pixels, Scene
 from rs_tools.results import Artifact
@@ -100,7 +100,7 @@ class ScriptedClient:
 
     async def perceive(self, request: PerceiveRequest, tiles: list[np.ndarray]) -> PerceiveResponse:
         if request.task in ("ground", "segment", "detect_change"):
-            raise ServerError(f"the loaded model has no part for {request.task}")
+            raise NotServed(f"the loaded model has no part for {request.task}")
         self.requests.append(request)
         self.tiles += tiles
         return scripted_answer(request, len(tiles))

@@ -13,6 +13,7 @@ from planted import BOX_THRESHOLD, NOT_KNOWN, RED, PlantedModel, painted
 from rasterio.warp import transform
 from rasters import UTM, ScriptedClient, size, write
 
+from model_server.protocol import PerceiveRequest, PerceiveResponse
 from rs_tools.artifacts import PIXEL_SPACE
 from rs_tools.errors import InputError, ServerError
 from rs_tools.imagery.access import AccessPolicy
@@ -228,6 +229,21 @@ async def test_how_many_is_counted_from_boxes_with_them_as_evidence(tools: Tools
 async def test_none_of_a_thing_is_the_answer_zero(tools: Tools) -> None:
     answer = await tools.vqa("sea.tif", "How many ships are there?", [100, 100, 300, 300])
     assert (answer.answer, answer.kind) == ("0", "count")
+
+
+async def test_a_server_that_fails_on_boxes_is_not_taken_for_a_model_without_them(tmp_path: Path) -> None:
+    class Failing(ScriptedClient):
+        async def perceive(self, request: PerceiveRequest, tiles: list[np.ndarray]) -> PerceiveResponse:
+            if request.task == "ground":
+                raise ServerError("the model failed on this ground request")
+            return await super().perceive(request, tiles)
+
+    (tmp_path / "images").mkdir()
+    write(tmp_path / "images" / "sea.tif", painted(90, 90), **PLACED)
+    with pytest.raises(ServerError, match="failed on this ground request"):
+        await over(tmp_path, Failing()).vqa("sea.tif", "How many ships are there?")
+    answer = await over(tmp_path, ScriptedClient()).vqa("sea.tif", "How many ships are there?")
+    assert answer.answer == "yes"  # a model without boxes answers in words
 
 
 @pytest.mark.parametrize("question", ["How many people are there?", "How many ships are next to the pier?"])
