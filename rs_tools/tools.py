@@ -7,13 +7,11 @@ reduces the answers to one. Raster work runs in worker threads, so that one even
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
@@ -24,42 +22,34 @@ from model_server.protocol import (
     PerceiveRequest,
     PerceiveResponse,
     TileCaption,
-    TileClasses,
     TileMasks,
     TileObjects,
-    TileVqa,
 )
 from model_server.relations import parse
 from rs_tools.amounts import Amount, asked_amount
-from rs_tools.calls import NO_DATA, Call, Output, common, elapsed, scene_gsd_m, scene_provenance
-from rs_tools.errors import DeadlinePassed, InputError, NotServed, PerceptionError, ServerError
+from rs_tools.calls import Call, Output, scene_gsd_m
+from rs_tools.errors import DeadlinePassed, InputError, NotServed, ServerError
 from rs_tools.imagery.access import AccessPolicy, Source, Stamp, stamp_of
 from rs_tools.imagery.alignment import Pair
 from rs_tools.imagery.scene import Region, Scene
-from rs_tools.imagery.tiling import OVERLAP, Looks, look_at_whole, look_closely, look_densely, look_once, single_tile
+from rs_tools.imagery.tiling import Looks, look_at_whole, look_densely, single_tile
 from rs_tools.inputs import checked_classes, checked_labels, checked_phrase, checked_question
+from rs_tools.inspecting import inspection, listing
 from rs_tools.looking import BATCH, OutOfTime, Progress, Seen, Taken, asked, shown, stream
-from rs_tools.reduction import Scope, question_scope, reduce_answers, reduce_captions, reduce_classes
+from rs_tools.reduction import question_scope
 from rs_tools.results import (
-    Alternative,
-    Band,
-    CaptionPart,
     CaptionResult,
     ClassifyResult,
-    ClassPart,
-    ClassScore,
     DetectChangeResult,
-    Evidence,
     GroundResult,
     InspectResult,
-    ListedImage,
     ListResult,
-    Provenance,
     Result,
     SegmentResult,
     VqaResult,
 )
 from rs_tools.summary import headline
+from rs_tools.wording import answered, captioned, classified, looks_for
 
 if TYPE_CHECKING:  # what makes boxes and masks is imported when one is asked for: the tools must start fast
     from rs_tools.artifacts import ArtifactStore
@@ -67,7 +57,6 @@ if TYPE_CHECKING:  # what makes boxes and masks is imported when one is asked fo
     from rs_tools.painting import Maps, Painted, Painter
 
 DEADLINE_S = 900.0
-MAX_LISTED = 200
 MAX_OBJECTS = 1000
 DENSE_BATCH = 4  # tiles, each four times as large as those for words, so that progress comes as often
 _SCENES_KEPT = 32
@@ -122,11 +111,11 @@ class Tools:
         """Size, bands, data type, georeference and kind of an image. Asks no model."""
         started = time.perf_counter()
         scene = await asyncio.to_thread(self._scene, image, bands)
-        return await asyncio.to_thread(_inspection, scene, started)
+        return await asyncio.to_thread(inspection, scene, started)
 
     async def list_images(self, folder: str = "") -> ListResult:
-        """The readable images below a folder (empty: below all allowed folders), at most `MAX_LISTED`."""
-        return await asyncio.to_thread(self._list, folder)
+        """The readable images below a folder (empty: below all allowed folders), at most `inspecting.MAX_LISTED`."""
+        return await asyncio.to_thread(listing, self._policy, folder)
 
     async def caption(
         self,
@@ -145,7 +134,7 @@ class Tools:
         call = await self._call(image, region, bands, look_at_whole)
         request = PerceiveRequest(task="caption", detail=detail)
         return await self._answer(
-            call, request, lambda response: response.captions, partial(_captioned, call, detail), progress
+            call, request, lambda response: response.captions, partial(captioned, call, detail), progress
         )
 
     async def vqa(
@@ -166,10 +155,10 @@ class Tools:
         amount = asked_amount(text)
         if amount is not None and (found := await self._amount(amount, image, region, bands, progress)):
             return found
-        call = await self._call(image, region, bands, partial(_looks_for, scope))
+        call = await self._call(image, region, bands, partial(looks_for, scope))
         request = PerceiveRequest(task="vqa", text=text)
         return await self._answer(
-            call, request, lambda response: response.vqa, partial(_answered, call, scope), progress
+            call, request, lambda response: response.vqa, partial(answered, call, scope), progress
         )
 
     async def classify(
@@ -188,7 +177,7 @@ class Tools:
         call = await self._call(image, region, bands, look_at_whole)
         request = PerceiveRequest(task="classify", labels=checked)
         return await self._answer(
-            call, request, lambda response: response.classes, partial(_classified, call, top_k), progress
+            call, request, lambda response: response.classes, partial(classified, call, top_k), progress
         )
 
     async def ground(
@@ -489,64 +478,6 @@ class Tools:
             self._scenes.popitem(last=False)
         return scene
 
-    def _list(self, folder: str) -> ListResult:
-        started = time.perf_counter()
-        paths = list(islice(self._policy.images(folder), MAX_LISTED + 1))
-        images: list[ListedImage] = []
-        unreadable: list[str] = []
-        for path in paths[:MAX_LISTED]:
-            try:
-                images.append(self._listed(path))
-            except PerceptionError as error:
-                unreadable.append(str(error))
-        warnings = unreadable[:5]
-        if len(unreadable) > len(warnings):
-            warnings.append(f"{len(unreadable) - len(warnings)} more files cannot be read.")
-        return ListResult(
-            images=images,
-            roots=[str(root) for root in self._policy.roots],
-            truncated=len(paths) > MAX_LISTED,
-            warnings=warnings,
-            provenance=Provenance(elapsed_s=elapsed(started)),
-        )
-
-    def _listed(self, path: Path) -> ListedImage:
-        real = self._policy.resolve(str(path))
-        with self._policy.open(real) as dataset:
-            return ListedImage(
-                image=str(path),
-                width=dataset.width,
-                height=dataset.height,
-                band_count=dataset.count,
-                dtype=dataset.dtypes[0],
-                bytes=stamp_of(real).size,
-            )
-
-
-def _inspection(scene: Scene, started: float) -> InspectResult:
-    georeference = scene.georeference
-    nodata = scene.nodata
-    return InspectResult(
-        width=scene.width,
-        height=scene.height,
-        band_count=len(scene.bands),
-        bands=[Band(index=band.index, description=band.description, color=band.color) for band in scene.bands],
-        dtype=scene.bands[0].dtype,
-        nodata=nodata if nodata is None or math.isfinite(nodata) else _NOT_FINITE[str(nodata)],
-        crs_wkt=scene.crs_wkt,
-        epsg=georeference.epsg if georeference else None,
-        bounds_wgs84=georeference.bounds(scene.width, scene.height) if georeference else None,
-        gsd_m=georeference.gsd_m(scene.width, scene.height) if georeference else None,
-        modality=scene.modality,
-        modality_reason=scene.modality_reason,
-        georeferenced=georeference is not None,
-        warnings=list(scene.warnings),
-        provenance=scene_provenance(scene, started),
-    )
-
-
-_NOT_FINITE: dict[str, Literal["nan", "inf", "-inf"]] = {"nan": "nan", "inf": "inf", "-inf": "-inf"}
-
 
 def _ground_request(call: Call, phrase: str) -> PerceiveRequest:
     return PerceiveRequest(task="ground", text=phrase, gsd_m=call.tile_gsd_m, modality=call.modality)
@@ -562,74 +493,6 @@ def _objects(response: PerceiveResponse) -> list[TileObjects]:
 
 def _masks(response: PerceiveResponse) -> list[TileMasks]:
     return response.masks
-
-
-def _looks_for(scope: Scope, region: Region, gsd_m: float | None) -> Looks:
-    """What answers a question: see the table in `reduction`."""
-    match scope:
-        case "presence":
-            return look_closely(region, gsd_m, overview=True, overlap=OVERLAP)
-        case "count" | "area":
-            return look_closely(region, gsd_m, overview=False, overlap=0)
-        case "once":
-            return look_once(region)
-        case "whole":
-            return look_at_whole(region, gsd_m)
-
-
-def _captioned(call: Call, detail: Literal["short", "full"], seen: Seen[TileCaption]) -> CaptionResult:
-    looks = seen.looks
-    if not looks:
-        return CaptionResult(caption=NO_DATA, parts=[], confidence=0, **common(call, seen))
-    found = reduce_captions(looks, detail)
-    return CaptionResult(
-        caption=found.caption,
-        parts=[CaptionPart(region=list(part.region), caption=part.answer.caption) for part in found.parts],
-        confidence=found.confidence,
-        **common(call, seen),
-    )
-
-
-def _answered(call: Call, scope: Scope, seen: Seen[TileVqa]) -> VqaResult:
-    looks = seen.looks
-    if not looks:
-        return VqaResult(
-            answer=NO_DATA, kind="text", confidence=0, abstained=True, alternatives=[], evidence=[],
-            **common(call, seen),
-        )  # fmt: skip
-    found = reduce_answers(scope, looks)
-    return VqaResult(
-        answer=found.answer,
-        kind=found.kind,
-        confidence=found.confidence,
-        abstained=found.abstained,
-        alternatives=[Alternative(answer=answer, confidence=share) for answer, share in found.alternatives],
-        evidence=[
-            Evidence(region=list(look.region), answer=look.answer.answer, confidence=look.answer.confidence)
-            for look in found.evidence
-        ],
-        **common(call, seen, found.warnings),
-    )
-
-
-def _classified(call: Call, top_k: int, seen: Seen[TileClasses]) -> ClassifyResult:
-    looks = seen.looks
-    if not looks:
-        return ClassifyResult(label="", score=0, top=[], **common(call, seen))
-    top = _ranked(reduce_classes(looks))
-    parts = [ClassPart(region=list(look.region), **_ranked(reduce_classes([look]))[0]) for look in looks]
-    return ClassifyResult(
-        **top[0],
-        top=[ClassScore(**one) for one in top[:top_k]],
-        parts=parts if len(parts) > 1 else [],
-        **common(call, seen),
-    )
-
-
-def _ranked(scores: dict[str, float]) -> list[dict]:
-    """`label` and `score` of each class, best first."""
-    ranked = sorted(scores.items(), key=lambda pair: -pair[1])
-    return [{"label": label, "score": min(1.0, score)} for label, score in ranked]
 
 
 def _too_late(deadline_s: float, looks: Looks, seen: Seen[_A], reduce: Callable[[Seen[_A]], Result]) -> str:

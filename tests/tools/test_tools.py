@@ -17,7 +17,8 @@ from model_server.protocol import MAX_LABEL_LENGTH, MAX_LABELS, MAX_TEXT, Percei
 from rs_tools.errors import AccessError, ImageError, InputError, RegionError, ServerBusy, ServerError
 from rs_tools.imagery.access import AccessPolicy, Source
 from rs_tools.imagery.formats import ByteSource
-from rs_tools.tools import MAX_LISTED, Tools
+from rs_tools.inspecting import MAX_LISTED
+from rs_tools.tools import Tools
 
 
 @pytest.fixture
