@@ -20,11 +20,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from mcp.server import MCPServer
+from mcp.server.auth.provider import TokenVerifier
+from mcp.server.auth.settings import AuthSettings
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ResourceNotFoundError, ToolError, UnexpectedToolError
 from mcp.server.mcpserver.tools import Tool
 from mcp.types import CallToolResult, ContentBlock, ImageContent, ResourceLink, TextContent, ToolAnnotations
 from pydantic import Field, ValidationError
+from starlette.applications import Starlette
 
 from rs_tools.client import ModelClient
 from rs_tools.errors import AccessError, ArtifactError, PerceptionError
@@ -263,8 +266,10 @@ def build_server(
     weights: str | None = None,
     deadline_s: float = DEADLINE_S,
     artifacts: str | None = None,
+    auth: AuthSettings | None = None,
+    token_verifier: TokenVerifier | None = None,
 ) -> MCPServer[Tools]:
-    """The server with its tools; nothing is opened or started before its lifespan begins.
+    """The server with its tools, the same for every transport; nothing is opened or started before its lifespan begins.
 
     Args:
         policy: which images may be read.
@@ -273,6 +278,8 @@ def build_server(
         weights: checkpoint folder for a local model server; None is the embedded model.
         deadline_s: the time for one call.
         artifacts: folder of its own for the files of answers; None: in this user's cache.
+        auth: over HTTP, whose tokens are taken; goes with `token_verifier`.
+        token_verifier: over HTTP, tells a caller from a token.
     """
 
     @asynccontextmanager
@@ -297,6 +304,8 @@ def build_server(
         version=version("rs-perception"),
         tools=tools,
         lifespan=lifespan,
+        auth=auth,
+        token_verifier=token_verifier,
     )
     for suffix, mime_type in MIME_TYPES.items():
         server.resource(
@@ -413,6 +422,11 @@ async def _report_progress(ctx: ToolContext, progress: _Progress) -> None:
         await ctx.report_progress(progress.step(), progress.total, message)
 
 
+def http_app(server: MCPServer[Tools], host: str) -> Starlette:
+    """The ASGI app that serves `server` over streamable HTTP at /mcp; all that HTTP alone needs is added here."""
+    return server.streamable_http_app(host=host)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve until the client closes stdin (stdio) or the process is told to stop (HTTP)."""
     options = _parse(argv)
@@ -422,7 +436,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.policy, options.model_url, options.token, options.weights, options.deadline, options.artifacts
     )
     if options.http:
-        server.run("streamable-http", host=options.host, port=options.port)
+        import uvicorn  # not needed on stdio
+
+        uvicorn.run(http_app(server, options.host), host=options.host, port=options.port, log_level="info")
     else:
         server.run("stdio")
 
