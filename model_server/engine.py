@@ -16,16 +16,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from model_server.counters import Counters, EngineMetrics
 from model_server.protocol import (
     DENSE_TASKS,
     MAX_TILES,
     PerceiveRequest,
     PerceiveResponse,
+    Priority,
     TaskNotServed,
     TileAnswer,
     TileCaption,
@@ -60,22 +62,26 @@ class EngineBusy(EngineError):
 
 
 class EngineNotReady(EngineError):
-    """The model is still loading, could not be loaded, or the engine is closing."""
+    """The model is still loading, or could not be loaded."""
+
+
+class EngineClosing(EngineNotReady):
+    """The engine answers what it has and takes nothing more."""
+
+
+class DeadlinePassed(EngineError):
+    """The answer was not there in time; what was left of the work is dropped. Items are tiles, or pairs of them."""
+
+    def __init__(self, deadline_s: float, done: int, items: int) -> None:
+        super().__init__(
+            f"the deadline of {deadline_s:g} s passed with {done} of {items} tiles answered: give more time, or ask "
+            "for a smaller region"
+        )
+        self.done, self.items = done, items
 
 
 class QueryFailed(EngineError):
     """The model failed on a tile of this very request."""
-
-
-@dataclass
-class Stats:
-    """Counters since the start. A shared batch held tiles of more than one request."""
-
-    requests: int = 0
-    tiles: int = 0
-    batches: int = 0
-    shared_batches: int = 0
-    largest_batch: int = 0
 
 
 @dataclass(eq=False)
@@ -86,6 +92,7 @@ class _Job:
     request: PerceiveRequest
     items: Sequence[tuple[np.ndarray, ...]]
     done: asyncio.Future[None]
+    priority: Priority
     answers: dict[int, TileAnswer] = field(default_factory=dict)
     taken: int = 0
 
@@ -112,7 +119,7 @@ class Engine:
     def __init__(
         self, load: Callable[[], Perceiver], *, max_batch: int = MAX_BATCH, max_waiting: int = MAX_WAITING
     ) -> None:
-        self.stats = Stats()
+        self.stats = Counters()
         self.perceiver: Perceiver | None = None
         self._load = load
         self._max_batch = max_batch
@@ -147,37 +154,101 @@ class Engine:
         """Tiles that wait in the queue, those on the device not counted."""
         return sum(job.waiting for job in self._queue)
 
-    def metrics(self) -> dict[str, int]:
-        return {"waiting": self.waiting, **asdict(self.stats)}
+    def metrics(self) -> EngineMetrics:
+        c = self.stats
+        waiting: dict[Priority, int] = {"interactive": 0, "bulk": 0}
+        for job in self._queue:
+            waiting[job.priority] += job.waiting
+        return {
+            "waiting": self.waiting,
+            "waiting_by_priority": waiting,
+            "on_device": 0,
+            "decoding": 0,
+            "requests": dict(c.requests),
+            "rejections": dict(c.rejections),
+            "cancellations": c.cancellations,
+            "deadlines_passed": c.deadlines_passed,
+            "failures": c.failures,
+            "tiles": c.tiles,
+            "batches": c.batches,
+            "shared_batches": c.shared_batches,
+            "largest_batch": c.largest_batch,
+            "halvings": c.halvings,
+            "tokens": c.tokens,
+            "steps": c.steps,
+            "batch_tiles": c.batch_tiles.values(),
+            "step_sequences": c.step_sequences.values(),
+            "queued_s": {priority: h.values() for priority, h in c.queued_s.items()},
+            "first_token_s": c.first_token_s.values(),
+            "answer_s": {priority: h.values() for priority, h in c.answer_s.items()},
+            "cache": {"hits": 0, "misses": 0, "evictions": 0, "entries": 0, "bytes": 0, "limit_bytes": 0},
+            "memory": {},
+        }
 
-    async def perceive(self, request: PerceiveRequest, tiles: Sequence[np.ndarray]) -> PerceiveResponse:
+    async def perceive(
+        self,
+        request: PerceiveRequest,
+        tiles: Sequence[np.ndarray],
+        *,
+        priority: Priority | None = None,
+        deadline_s: float | None = None,
+        caller: str | None = None,
+    ) -> PerceiveResponse:
         """Answer every tile (each uint8 [H, W, 3]) of a request, or every two tiles of detect_change.
 
-        Cancelling the call takes it out of the queue.
+        Cancelling the call takes it out of the queue and off the device.
+
+        Args:
+            priority, deadline_s, caller: in place of the request's own fields of these names; None = as the request
+                says. A server that knows who calls passes it, so that one caller cannot pose as many.
 
         Raises:
             TaskNotServed: the model has no part for this task.
-            EngineNotReady: the model is not loaded (yet), or the engine is closing.
+            EngineNotReady: the model is not loaded (yet); `EngineClosing`: the engine is closing.
             EngineBusy: the queue is full.
+            DeadlinePassed: `deadline_s` seconds have passed since the call.
             QueryFailed: the model failed on one of these tiles.
         """
-        if self.perceiver is None or not self.ready:
-            raise EngineNotReady("the model server is closing" if self._closing else "the model is still loading")
-        if request.task not in self.perceiver.tasks:
-            raise TaskNotServed(request.task, self.perceiver.info.model, self.perceiver.tasks)
-        waiting = self.waiting
-        if waiting + len(tiles) > self._max_waiting:
-            raise EngineBusy(waiting, max(1.0, waiting * self._seconds_per_tile))
+        perceiver = self._admitting(request, len(tiles))
         started = time.perf_counter()
-        job = _Job(request, _items(request, tiles), asyncio.get_running_loop().create_future())
+        deadline_s = request.deadline_s if deadline_s is None else deadline_s
+        job = _Job(
+            request, _items(request, tiles), asyncio.get_running_loop().create_future(), priority or request.priority
+        )
         self._queue.append(job)
         self._arrived.set()
-        self.stats.requests += 1
+        self.stats.accept(request.task)
         try:
-            await job.done
+            async with asyncio.timeout(deadline_s):
+                await job.done
+        except TimeoutError:
+            self.stats.deadlines_passed += 1
+            raise DeadlinePassed(deadline_s or 0.0, len(job.answers), len(job.items)) from None
+        except asyncio.CancelledError:
+            self.stats.cancellations += 1
+            raise
         finally:
             self._leave(job)
-        return _response(self.perceiver, job, time.perf_counter() - started)
+        elapsed_s = time.perf_counter() - started
+        self.stats.answer_s[job.priority].add(elapsed_s)
+        return _response(perceiver, job, elapsed_s)
+
+    def _admitting(self, request: PerceiveRequest, tiles: int) -> Perceiver:
+        """The perceiver, where it can take these tiles; raises as `perceive` says."""
+        if self._closing:
+            self.stats.reject("closing")
+            raise EngineClosing("the model server is closing")
+        if self.perceiver is None or not self.ready:
+            self.stats.reject("not_ready")
+            raise EngineNotReady("the model is still loading")
+        if request.task not in self.perceiver.tasks:
+            self.stats.reject("not_served")
+            raise TaskNotServed(request.task, self.perceiver.info.model, self.perceiver.tasks)
+        waiting = self.waiting
+        if waiting + tiles > self._max_waiting:
+            self.stats.reject("busy")
+            raise EngineBusy(waiting, max(1.0, waiting * self._seconds_per_tile))
+        return self.perceiver
 
     def _leave(self, job: _Job) -> None:
         if job in self._queue:  # cancelled or failed with tiles still waiting
@@ -217,6 +288,7 @@ class Engine:
         self.stats.tiles += tiles
         self.stats.batches += 1
         self.stats.shared_batches += len({id(job) for job, _ in batch}) > 1
+        self.stats.batch_tiles.add(tiles)
         self.stats.largest_batch = max(self.stats.largest_batch, tiles)
         self._seconds_per_tile += 0.2 * (seconds / tiles - self._seconds_per_tile)
 
@@ -224,6 +296,7 @@ class Engine:
         if job.done.done():  # the caller has gone, or another tile of it failed
             return
         if isinstance(outcome, QueryFailed):
+            self.stats.failures += 1
             self._leave(job)
             job.done.set_exception(outcome)
             return

@@ -24,10 +24,13 @@ MAX_LABELS = 200
 MAX_LABEL_LENGTH = 80
 MAX_BODY_BYTES = 256 * 2**20
 MAX_CLASSES = 16  # of a segmentation
+MAX_DEADLINE_S = 3600.0
+MAX_CALLER = 64  # letters of a caller's name
 MAX_MASK_BYTES = 256 * 2**20  # of all masks of one answer: classes times pixels of all tiles
 
 Task = Literal["caption", "vqa", "classify", "ground", "segment", "detect_change"]
 Modality = Literal["optical", "sar"]
+Priority = Literal["interactive", "bulk"]
 DENSE_TASKS: tuple[Task, ...] = ("ground", "segment", "detect_change")  # answered pixel by pixel
 UnitFloat = Annotated[float, Field(ge=0, le=1)]
 Label = Annotated[str, Field(min_length=1, max_length=MAX_LABEL_LENGTH)]
@@ -58,6 +61,15 @@ class PerceiveRequest(Wire):
     detail: Literal["short", "full"] = "short"
     gsd_m: float | None = Field(default=None, gt=0, description="ground metres per tile pixel; None = unknown")
     modality: Modality = "optical"
+    priority: Priority = Field(
+        default="interactive", description="interactive goes first; bulk, the tiles of a large scene, still goes on"
+    )
+    deadline_s: float | None = Field(
+        default=None, gt=0, le=MAX_DEADLINE_S, description="seconds from arrival after which nobody wants the answer"
+    )
+    caller: str = Field(
+        default="", max_length=MAX_CALLER, description="requests of one caller share one turn; empty = a caller each"
+    )
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> PerceiveRequest:
