@@ -3,6 +3,8 @@
 | dialect | text | unit |
 | --- | --- | --- |
 | `percent` | `[x1, y1, x2, y2]` | hundredths of the image (RSUniVLM, TEOChat) |
+| `permille` | `[[x1,y1,x2,y2]]` | thousandths of the image (MF-RSVLM) |
+| `unit` | `[x1, y1, x2, y2]` | shares of the image, 0 to 1 (LLaVA) |
 | `geochat` | `<p>label</p>{<x1><y1><x2><y2>|<angle>}<delim>{...}` | hundredths; the angle in degrees (GeoChat) |
 | `falcon` | `label<box><x1><y1><x2><y2></box>`, also `<quad>`, `<poly>` | 1000 bins, read at their middle (Falcon) |
 | `qwen` | `[{"bbox_2d": [x1, y1, x2, y2], "label": "ship"}]` | pixels of the image as the model saw it (Qwen2.5-VL) |
@@ -23,12 +25,16 @@ from enum import StrEnum
 from model_server.text.malformed import MalformedText
 
 _HUNDREDTHS = 100
+_THOUSANDTHS = 1000
 _BINS = 1000
+_UNIT_DECIMALS = 3
 _MAX_BODY = 400  # characters of one bracket that are looked at
 
 
 class BoxDialect(StrEnum):
     PERCENT = "percent"
+    PERMILLE = "permille"
+    UNIT = "unit"
     GEOCHAT = "geochat"
     FALCON = "falcon"
     QWEN = "qwen"
@@ -82,8 +88,8 @@ def parse_boxes(text: str, dialect: BoxDialect, size: tuple[int, int], seen_size
     if strict and dialect is BoxDialect.QWEN:
         return ParsedBoxes(tuple(_strict_qwen(text, size, seen_size or size)))
     notes: list[str] = []
-    if dialect is BoxDialect.PERCENT:
-        found = _percent(text, size, notes)
+    if dialect in _BRACKETED:
+        found = _bracketed(text, size, _BRACKETED[dialect], notes)
     elif dialect is BoxDialect.GEOCHAT:
         found = _geochat(text, size, notes)
     elif dialect is BoxDialect.FALCON:
@@ -100,7 +106,8 @@ def write_boxes(boxes: Sequence[Box], dialect: BoxDialect, size: tuple[int, int]
                 seen_size: tuple[int, int] | None = None) -> str:  # fmt: skip
     """The boxes as text: what `parse_boxes` reads back, to the dialect's resolution.
 
-    Coordinates outside the image are clipped. Labels are left out where the dialect has none (`percent`).
+    Coordinates outside the image are clipped. Labels are left out where the dialect has none (`percent`, `permille`,
+    `unit`).
 
     Raises:
         ValueError: a coordinate is not finite, or a label holds the dialect's own brackets.
@@ -115,6 +122,10 @@ def write_boxes(boxes: Sequence[Box], dialect: BoxDialect, size: tuple[int, int]
         return json.dumps(rows, ensure_ascii=False)
     if dialect is BoxDialect.PERCENT:
         return " ".join(str(_units(box, size, _HUNDREDTHS)) for box in boxes)
+    if dialect is BoxDialect.PERMILLE:
+        return "[" + ",".join(str(_units(box, size, _THOUSANDTHS)).replace(" ", "") for box in boxes) + "]"
+    if dialect is BoxDialect.UNIT:
+        return " ".join(str([n / 10**_UNIT_DECIMALS for n in _units(box, size, 10**_UNIT_DECIMALS)]) for box in boxes)
     for box in boxes:
         if set(box.label) & set("<>{}|"):
             raise ValueError(f"a label must not hold any of <>{{}}|; got {box.label!r}")
@@ -135,8 +146,8 @@ def _units(box: Box, size: tuple[int, int], units: int) -> list[int]:
     return [min(max(round(units * value / side), 0), units) for value, side in corners]
 
 
-def _from_units(values: Sequence[float], size: tuple[int, int]) -> Box:
-    x1, y1, x2, y2 = (value / _HUNDREDTHS * side for value, side in zip(values, size * 2, strict=True))
+def _from_units(values: Sequence[float], size: tuple[int, int], units: int = _HUNDREDTHS) -> Box:
+    x1, y1, x2, y2 = (value / units * side for value, side in zip(values, size * 2, strict=True))
     return Box(x1, y1, x2, y2)
 
 
@@ -163,7 +174,9 @@ def _number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-# --- percent ---------------------------------------------------------------------------------------------------------
+# --- percent, permille, unit -----------------------------------------------------------------------------------------
+
+_BRACKETED = {BoxDialect.PERCENT: _HUNDREDTHS, BoxDialect.PERMILLE: _THOUSANDTHS, BoxDialect.UNIT: 1}
 
 _PUBLISHED_BRACKET = re.compile(r"\[([0-9., ]+)\]")
 _BRACKET = re.compile(r"[\[(]([^\[\]()]*)([\])]|\Z)")
@@ -181,7 +194,7 @@ def _published_percent(text: str, size: tuple[int, int]) -> Iterator[Box]:
             yield _from_units(values[:4], size)
 
 
-def _percent(text: str, size: tuple[int, int], notes: list[str]) -> Iterator[Box]:
+def _bracketed(text: str, size: tuple[int, int], units: int, notes: list[str]) -> Iterator[Box]:
     for match in _BRACKET.finditer(text):
         opening, body, closing = match[0][0], match[1][:_MAX_BODY], match[2]
         parts = re.split(r"[,;\s]+", body.strip(" ,;\n"))
@@ -194,7 +207,7 @@ def _percent(text: str, size: tuple[int, int], notes: list[str]) -> Iterator[Box
             notes.append("numbers beyond the fourth in a bracket were left out.")
         if not re.fullmatch(r"[0-9., ]+", body) or opening + closing != "[]" or body.count(",") < 3:
             notes.append("a box was not written as [x1, y1, x2, y2].")
-        yield _from_units(values[:4], size)
+        yield _from_units(values[:4], size, units)
 
 
 # --- GeoChat ---------------------------------------------------------------------------------------------------------

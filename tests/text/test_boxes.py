@@ -105,6 +105,11 @@ def test_a_text_without_boxes_has_none(dialect: BoxDialect, text: str) -> None:
     assert parse_boxes(text, dialect, SIZE).boxes == ()
 
 
+def test_shares_and_thousandths_of_the_image_are_read_as_mf_rsvlm_and_llava_write_them() -> None:
+    assert corners(parse_boxes("[[100,200,300,1000]]", BoxDialect.PERMILLE, (50, 10)).boxes[0]) == (5, 2, 15, 10)
+    assert corners(parse_boxes("[0.1, 0.2, 0.3, 1.0]", BoxDialect.UNIT, (50, 10)).boxes[0]) == (5, 2, 15, 10)
+
+
 def test_geochat_boxes_carry_label_and_angle() -> None:
     read = parse_boxes("<p>ship</p>{<10><20><30><40>|<45>}<delim>{<1><2><3><4>|<-9>}", BoxDialect.GEOCHAT, (100, 100))
     assert [(box.label, box.angle) for box in read.boxes] == [("ship", 45), ("ship", -9)]
@@ -149,9 +154,13 @@ def test_boxes_come_back_from_their_text_to_the_resolution_of_the_dialect(
     text = write_boxes(boxes, dialect, size, seen)
     read = parse_boxes(text, dialect, size, seen)
     assert not read.warnings
-    step = {BoxDialect.PERCENT: 100, BoxDialect.GEOCHAT: 100, BoxDialect.FALCON: 1000, BoxDialect.QWEN: 504}[dialect]
+    step = {
+        BoxDialect.PERCENT: 100, BoxDialect.PERMILLE: 1000, BoxDialect.UNIT: 1000, BoxDialect.GEOCHAT: 100,
+        BoxDialect.FALCON: 1000, BoxDialect.QWEN: 504,
+    }[dialect]  # fmt: skip
+    unlabelled = (BoxDialect.PERCENT, BoxDialect.PERMILLE, BoxDialect.UNIT)
     for before, after in zip(boxes, read.boxes, strict=True):
-        assert after.label == ("" if dialect is BoxDialect.PERCENT else before.label)
+        assert after.label == ("" if dialect in unlabelled else before.label)
         for a, b, side in zip(corners(before), corners(after), size * 2, strict=True):
             assert abs(a - b) <= 0.5001 * side / step
     assert write_boxes(read.boxes, dialect, size, seen) == text
