@@ -165,6 +165,21 @@ class Perceiver:
         ids, mask = self._sentence_ids(texts)
         return self.model.heads.sentence_vectors(self.model.sentence(ids, mask)[1]).cpu().numpy()
 
+    def prompt_tokens(self, request: PerceiveRequest, images: int) -> int:
+        """Length of the sequences that the decoder reads before it answers: of each image its visual tokens (of a
+        caption, those of all turned views), of a question its vector and its tokens, and the task token. Classes,
+        boxes, masks and change are read off vectors and maps: there it is the tokens of the phrases."""
+        tokens = sum(len(self.sentence_tokenizer.encode(text).ids) for text in (request.text, *request.labels) if text)
+        if request.task not in ("caption", "vqa"):
+            return tokens
+        views = self.config.views if request.task == "caption" else 1
+        question = 1 + tokens if request.task == "vqa" else 0
+        return images * (views * (self.model.visual_tokens + 1) + question)
+
+    def answer_tokens(self, text: str) -> int:
+        """Tokens of a text in the decoder's vocabulary."""
+        return len(self.tokenizer.encode(text))
+
     def _pixels(self, images: Sequence[np.ndarray]) -> Tensor:
         return torch.stack([square(image, self.config.image_size) for image in images]).to(self.device)
 
