@@ -60,12 +60,6 @@ class Feature:
     properties: dict[str, Any]
 
 
-def default_folder() -> Path:
-    """The folder of a user's artifacts where none is named: in $RS_PERCEPTION_STATE, else in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("RS_PERCEPTION_STATE") or cache / "rs-perception") / "artifacts"
-
-
 class ArtifactStore:
     """The folder of artifacts. Safe to use from many threads; several processes may share a folder.
 

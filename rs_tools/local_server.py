@@ -1,8 +1,9 @@
 """One local model server per user, shared by every process: found through a state file, started when there is none.
 
-The state file (mode 0600, in `state_dir()`) holds url, token and pid. Its name carries the weights: other weights, or
-weights that were replaced on disk, get a server of their own and the old one ends by being idle. A lock on the
-folder makes finding and starting one step: two processes that start at once get one server.
+The state file (mode 0600, in `state_dir()`) holds url, token and pid. Its name carries the weights and this project's
+version: other weights, weights that were replaced on disk, or another version get a server of their own and the old one
+ends by being idle. A lock on the folder makes finding and starting one step: two processes that start at once get one
+server.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import httpx
@@ -26,6 +28,7 @@ from pydantic import BaseModel, ValidationError
 
 from model_server import protocol
 from rs_tools.errors import ServerUnavailable
+from rs_tools.user_folder import user_folder
 
 IDLE_EXIT_S = 15 * 60
 ANNOUNCE_S = 30
@@ -58,27 +61,20 @@ def find_or_start(weights: str | None) -> LocalServer:
             "run `rs-model-server` yourself and give its url, http://127.0.0.1:8765"
         )
     directory = state_dir()
-    name = f"server-{_key(weights)}"
-    state = directory / f"{name}.json"
+    state = state_file(weights)
     with _lock(directory):
-        running = _read(state)
-        if running is not None and _answers(running):
+        running = read_state(state)
+        if running is not None and answers(running):
             return running
         _sweep(directory, state)
-        server = _start(weights, directory / f"{name}.log")
+        server = _start(weights, state.with_suffix(".log"))
         _write(state, server)
         return server
 
 
 def state_dir() -> Path:
-    """The folder of state files: $RS_PERCEPTION_STATE, else a cache folder of the user. Only the user may enter it.
-
-    The cache folder and not the session's runtime folder: a desktop application and a login shell have different
-    runtime folders, or none, and would not find each other's server.
-    """
-    configured = os.environ.get("RS_PERCEPTION_STATE")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    directory = Path(configured) if configured else cache / "rs-perception"
+    """The user's folder for state files, made where it is missing. Only the user may enter it."""
+    directory = user_folder()
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = directory.stat()
@@ -95,11 +91,15 @@ def state_dir() -> Path:
     return directory
 
 
+def state_file(weights: str | None) -> Path:
+    """The state file of the server of these weights, as they are on disk now; it and its folder may not exist."""
+    return user_folder() / f"server-{_key(weights)}.json"
+
+
 def _key(weights: str | None) -> str:
-    """A short name for these weights, as they are on disk now, on this machine."""
     embedded = Path(protocol.__file__).parent / "weights"
     root = Path(weights).expanduser().resolve() if weights else embedded
-    seen = [platform.node(), sys.executable, str(root)]
+    seen = [platform.node(), sys.executable, version("rs-perception"), str(root)]
     for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
         with contextlib.suppress(FileNotFoundError):  # the server itself says that they are missing
             status = path.stat()
@@ -116,7 +116,8 @@ def _lock(directory: Path) -> Iterator[None]:
         yield
 
 
-def _read(state: Path) -> LocalServer | None:
+def read_state(state: Path) -> LocalServer | None:
+    """What a state file says; None where there is none, or half of one."""
     try:
         return LocalServer.model_validate_json(state.read_bytes())
     except (FileNotFoundError, ValidationError):
@@ -130,8 +131,12 @@ def _write(state: Path, server: LocalServer) -> None:
     new.replace(state)
 
 
-def _answers(server: LocalServer) -> bool:
-    """Whether it is alive and itself: after a kill or a reboot another program may hold its port."""
+def answers(server: LocalServer) -> bool:
+    """Whether it is alive and itself: after a kill or a reboot another program may hold its port.
+
+    Raises:
+        ServerUnavailable: it accepts calls, and leaves them.
+    """
     try:
         health = httpx.get(f"{server.url}/health", timeout=PROBE_S, trust_env=False).json()
     except httpx.TimeoutException as error:
@@ -147,13 +152,13 @@ def _answers(server: LocalServer) -> bool:
 def _sweep(directory: Path, wanted: Path) -> None:
     """Drop what servers of other weights left behind that are gone."""
     for state in directory.glob("server-*.json"):
-        server = _read(state)
-        if state != wanted and (server is None or not _is_process(server.pid)):
+        server = read_state(state)
+        if state != wanted and (server is None or not is_process(server.pid)):
             for left in directory.glob(f"{state.stem}.*"):
                 left.unlink(missing_ok=True)
 
 
-def _is_process(pid: int) -> bool:
+def is_process(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -49,6 +49,7 @@ from rs_tools.results import (
     VqaResult,
 )
 from rs_tools.summary import headline
+from rs_tools.user_folder import artifacts_folder
 from rs_tools.wording import answered, captioned, classified, looks_for
 
 if TYPE_CHECKING:  # what makes boxes and masks is imported when one is asked for: the tools must start fast
@@ -463,9 +464,9 @@ class Tools:
     def _store(self) -> ArtifactStore:
         """The folder of artifacts, made when it is first needed."""
         if self._kept_store is None:
-            from rs_tools.artifacts import ArtifactStore, default_folder
+            from rs_tools.artifacts import ArtifactStore
 
-            self._kept_store = ArtifactStore(self._artifacts or default_folder())
+            self._kept_store = ArtifactStore(self._artifacts or artifacts_folder())
         return self._kept_store
 
     def _scene(self, image: str, bands: Sequence[int]) -> Scene:

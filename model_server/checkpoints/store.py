@@ -6,7 +6,6 @@ beside them; without these it answers in text only. Nothing in it is pickled.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +16,21 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from model_server.calibration import Calibration, DenseCalibration
+from model_server.checkpoints.layout import (
+    CALIBRATION,
+    CONFIG,
+    DENSE_CALIBRATION,
+    DENSE_TENSORS,
+    REQUIRED,
+    SENTENCE_TOKENIZER,
+    TENSORS,
+    TOKENIZER,
+    weights_digest,
+)
 from model_server.model.config import ModelConfig
 from model_server.model.dense import DenseBranch
 from model_server.model.rsvlm import RSVLM
 from model_server.text.tokenizer import TextTokenizer
-
-CONFIG, TENSORS, CALIBRATION = "config.json", "model.safetensors", "calibration.json"
-DENSE_TENSORS, DENSE_CALIBRATION = "dense.safetensors", "dense.json"
-TOKENIZER, SENTENCE_TOKENIZER = "tokenizer.json", "sentence_tokenizer.json"
 
 
 class WeightsError(ValueError):
@@ -78,7 +84,7 @@ def load_checkpoint(folder: Path, device: str = "cpu") -> Checkpoint:
     Raises:
         WeightsError: a file is missing or unreadable, or the tensors do not fit the config.
     """
-    for name in (CONFIG, TENSORS, CALIBRATION, TOKENIZER, SENTENCE_TOKENIZER):
+    for name in REQUIRED:
         if not (folder / name).is_file():
             raise WeightsError(f"{folder} is no checkpoint: {name} is missing")
     try:
@@ -105,7 +111,7 @@ def load_checkpoint(folder: Path, device: str = "cpu") -> Checkpoint:
         TextTokenizer.load(folder / TOKENIZER),
         sentence_tokenizer,
         calibration,
-        _digest(folder),
+        weights_digest(folder),
         dense,
         dense_calibration,
     )
@@ -128,12 +134,3 @@ def _load_dense(folder: Path, config: ModelConfig, device: str) -> tuple[DenseBr
     except (SafetensorError, RuntimeError) as error:
         raise WeightsError(f"{folder}/{DENSE_TENSORS} does not fit {CONFIG}: {error}") from error
     return branch.to(memory_format=torch.channels_last).eval().requires_grad_(False), calibration  # pyright: ignore[reportCallIssue]
-
-
-def _digest(folder: Path) -> str:
-    sha = hashlib.sha256()
-    dense = [name for name in (DENSE_CALIBRATION, DENSE_TENSORS) if (folder / name).is_file()]
-    for name in (CONFIG, CALIBRATION, TENSORS, *dense):
-        with (folder / name).open("rb") as file:
-            sha.update(hashlib.file_digest(file, "sha256").digest())
-    return sha.hexdigest()[:16]
