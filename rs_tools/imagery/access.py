@@ -3,7 +3,8 @@
 An image name is resolved through symbolic links and `..`, compared with the allowed folders, and then opened folder by
 folder from the allowed one without following any link, so that what is opened is what was checked, even if links change
 in between. (A hard link inside an allowed folder is a file inside it.) `formats` turns the opened file into a raster;
-`remote` does the same for images behind https addresses, which are off unless hosts are allowed.
+`remote` does the same for images behind https addresses, which are off unless hosts are allowed, and `uploads` keeps
+what callers handed over, each for that caller alone.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from rasterio.io import DatasetReader
 from rs_tools.errors import AccessError, ImageError
 from rs_tools.imagery.formats import SIDECARS, ByteSource, opened
 from rs_tools.imagery.remote import RemoteFiles, RemoteImage
+from rs_tools.imagery.uploads import SCHEME as UPLOAD_SCHEME
+from rs_tools.imagery.uploads import UploadedFiles, UploadedImage
 
 EXTENSIONS = frozenset({".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2", ".j2k", ".webp"})
 
-Source = Path | RemoteImage
+Source = Path | RemoteImage | UploadedImage
 
 
 class Stamp(NamedTuple):
@@ -41,20 +44,25 @@ class AccessPolicy:
     Args:
         roots: existing folders. Everything below them may be read; links out of them are refused.
         hosts: names of hosts whose https addresses may be read, `HOST` or `HOST:PORT`; none by default.
+        uploads: what callers handed over, where they can.
 
     Attributes:
         remote: reads from those hosts.
+        uploads: as given.
 
     Raises:
         AccessError: a root is not an existing folder, or a host is not a plain host name.
     """
 
-    def __init__(self, roots: Iterable[str | Path], hosts: Iterable[str] = ()) -> None:
+    def __init__(
+        self, roots: Iterable[str | Path], hosts: Iterable[str] = (), uploads: UploadedFiles | None = None
+    ) -> None:
         self.roots = tuple(_folder(root) for root in roots)
         self.remote = RemoteFiles(hosts)
+        self.uploads = uploads
 
     def resolve(self, image: str) -> Source:
-        """The real path of an image that may be read, or the state of an https address.
+        """The real path of an image that may be read, or the state of an https address, or an upload of the caller's.
 
         A relative name is looked up in each root.
 
@@ -63,6 +71,8 @@ class AccessPolicy:
                 message names the roots only.
             ImageError: the server of an address does not answer as it must.
         """
+        if self.uploads is not None and image.startswith(f"{UPLOAD_SCHEME}://"):
+            return self.uploads.resolve(image)
         if "://" in image:
             return self.remote.resolve(image)
         _refuse_special(image)
@@ -111,12 +121,16 @@ class AccessPolicy:
         if isinstance(source, RemoteImage):
             yield self.remote.file(source)
             return
+        if isinstance(source, UploadedImage):
+            with _plain_file(source.path.parent, source.path, source.name) as file:
+                yield file
+            return
         with self._local(source) as file:
             yield file
 
     @contextmanager
     def dataset(self, source: Source, file: ByteSource) -> Iterator[DatasetReader]:
-        """As `open`, for a file that `file` opened. Images behind an address have no sidecar files."""
+        """As `open`, for a file that `file` opened. Uploads, and images behind an address, have no sidecar files."""
         with ExitStack() as stack:
             sidecars: dict[str, ByteSource] = {}
             if isinstance(source, Path):
@@ -130,17 +144,8 @@ class AccessPolicy:
         root = next((root for root in self.roots if path.is_relative_to(root)), None)
         if root is None:
             raise AccessError(f"The image draws on a file outside the allowed folders. {self._hint()}")
-        try:
-            descriptor = _open_below(root, path.relative_to(root).parts)
-        except OSError as error:
-            raise ImageError(f"{path.name} cannot be read: {error.strerror}.") from error
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise ImageError(f"{path.name} is not a plain file.")
-            yield LocalFile(path.name, status.st_size, _stamp(status), descriptor)
-        finally:
-            os.close(descriptor)
+        with _plain_file(root, path, path.name) as file:
+            yield file
 
     def _candidates(self, image: str) -> Iterator[Path]:
         for root in self.roots:
@@ -184,14 +189,31 @@ def stamp_of(source: Source) -> Stamp:
     """
     if isinstance(source, RemoteImage):
         return Stamp(0, source.size, source.version)
+    path = source.path if isinstance(source, UploadedImage) else source
     try:
-        return _stamp(source.stat())
+        return _stamp(path.stat())
     except OSError as error:
         raise ImageError(f"{source.name} cannot be read: {error.strerror}.") from error
 
 
 def _stamp(status: os.stat_result) -> Stamp:
     return Stamp(status.st_mtime_ns, status.st_size, f"{status.st_dev}:{status.st_ino}")
+
+
+@contextmanager
+def _plain_file(root: Path, path: Path, name: str) -> Iterator[LocalFile]:
+    """A file below `root`, opened without following any link."""
+    try:
+        descriptor = _open_below(root, path.relative_to(root).parts)
+    except OSError as error:
+        raise ImageError(f"{name} cannot be read: {error.strerror}.") from error
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(f"{name} is not a plain file.")
+        yield LocalFile(name, status.st_size, _stamp(status), descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _open_below(root: Path, parts: tuple[str, ...]) -> int:
