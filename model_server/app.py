@@ -27,7 +27,7 @@ from model_server.api import Activity, create_app
 from model_server.engine import Engine
 
 if TYPE_CHECKING:
-    from model_server.perceiver import Perceiver
+    from model_server.resident import Resident
 
 logger = logging.getLogger("model_server.app")  # also when it runs as __main__
 
@@ -54,7 +54,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 async def serve(
-    load: Callable[[], Perceiver], sock: socket.socket, *, token: str | None = None, idle_exit_s: float = 0
+    load: Callable[[], Resident], sock: socket.socket, *, token: str | None = None, idle_exit_s: float = 0
 ) -> int:
     """Serve until SIGTERM, SIGINT or `idle_exit_s` seconds without a call (0 = for ever); drain; return the exit code.
 
@@ -122,19 +122,19 @@ def _keep_freed_memory() -> None:
     mallopt(m_arena_max, 1)
 
 
-def _loader(weights: Path | None, device: str, threads: int) -> Callable[[], Perceiver]:
-    def load() -> Perceiver:
+def _loader(weights: str | None, device: str, threads: int) -> Callable[[], Resident]:
+    def load() -> Resident:
         # Threads that wait for each other sleep rather than spin: as fast on a quiet machine, and several times as
         # fast on a busy one, where a spinning thread takes the core from the one it waits for. Read when torch loads.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         import torch
 
-        from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver
+        from model_server.opening import open_weights
 
         if threads:
             torch.set_num_threads(threads)
         place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        perceiver = Perceiver.load(weights or DEFAULT_WEIGHTS, place)
+        perceiver = open_weights(weights, place)
         perceiver.warm_up()
         return perceiver
 
@@ -153,7 +153,14 @@ def command(
         str, typer.Option(help="Address to listen on; others than loopback need --token-file.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 = any free one.")] = 8765,
-    weights: Annotated[Path | None, typer.Option(help="Folder of a checkpoint; without it the embedded model.")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH|OWNER/NAME[@REVISION]",
+            help="Folder of a checkpoint, our own or a published one, or its id on the Hugging Face hub; without it "
+            "the embedded model.",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto = the GPU where there is one.")] = "auto",
     token_file: Annotated[
         str | None, typer.Option(help="File with the bearer token that callers must send; - = first line of stdin.")

@@ -39,8 +39,8 @@ from model_server.protocol import (
 )
 
 if TYPE_CHECKING:  # the model brings torch, which takes seconds to import: only the worker thread pays for it
-    from model_server.perceiver import Perceiver
     from model_server.query import Query
+    from model_server.resident import Resident
 
 logger = logging.getLogger(__name__)
 
@@ -117,10 +117,10 @@ class Engine:
     """
 
     def __init__(
-        self, load: Callable[[], Perceiver], *, max_batch: int = MAX_BATCH, max_waiting: int = MAX_WAITING
+        self, load: Callable[[], Resident], *, max_batch: int = MAX_BATCH, max_waiting: int = MAX_WAITING
     ) -> None:
         self.stats = Counters()
-        self.perceiver: Perceiver | None = None
+        self.perceiver: Resident | None = None
         self._load = load
         self._max_batch = max_batch
         self._max_waiting = max_waiting
@@ -233,7 +233,7 @@ class Engine:
         self.stats.answer_s[job.priority].add(elapsed_s)
         return _response(perceiver, job, elapsed_s)
 
-    def _admitting(self, request: PerceiveRequest, tiles: int) -> Perceiver:
+    def _admitting(self, request: PerceiveRequest, tiles: int) -> Resident:
         """The perceiver, where it can take these tiles; raises as `perceive` says."""
         if self._closing:
             self.stats.reject("closing")
@@ -254,7 +254,7 @@ class Engine:
         if job in self._queue:  # cancelled or failed with tiles still waiting
             self._queue.remove(job)
 
-    async def _dispatch(self, perceiver: Perceiver) -> None:
+    async def _dispatch(self, perceiver: Resident) -> None:
         loop = asyncio.get_running_loop()
         while True:
             await self._arrived.wait()
@@ -305,7 +305,7 @@ class Engine:
             job.done.set_result(None)
 
 
-def _answer(perceiver: Perceiver, batch: list[tuple[_Job, int]]) -> list[TileAnswer | QueryFailed]:
+def _answer(perceiver: Resident, batch: list[tuple[_Job, int]]) -> list[TileAnswer | QueryFailed]:
     """Runs in the worker thread. When the batch fails, each tile goes by itself, so only the guilty ones fail."""
     queries = [_query(job.request, job.items[index]) for job, index in batch]
     try:
@@ -315,7 +315,7 @@ def _answer(perceiver: Perceiver, batch: list[tuple[_Job, int]]) -> list[TileAns
     return [_answer_alone(perceiver, query) for query in queries]
 
 
-def _answer_alone(perceiver: Perceiver, query: Query) -> TileAnswer | QueryFailed:
+def _answer_alone(perceiver: Resident, query: Query) -> TileAnswer | QueryFailed:
     try:
         return _checked(perceiver, [query])[0]
     except Exception as error:  # as above: this caller is told, the others are not harmed
@@ -323,7 +323,7 @@ def _answer_alone(perceiver: Perceiver, query: Query) -> TileAnswer | QueryFaile
         return QueryFailed(f"the model failed on this {query.task} request: {type(error).__name__}: {error}")
 
 
-def _checked(perceiver: Perceiver, queries: list[Query]) -> Sequence[TileAnswer]:
+def _checked(perceiver: Resident, queries: list[Query]) -> Sequence[TileAnswer]:
     answers = perceiver.answer(queries)
     if len(answers) != len(queries):
         raise RuntimeError(f"{len(queries)} queries got {len(answers)} answers")
@@ -353,7 +353,7 @@ def _query(request: PerceiveRequest, item: tuple[np.ndarray, ...]) -> Query:
     )
 
 
-def _response(perceiver: Perceiver, job: _Job, elapsed_s: float) -> PerceiveResponse:
+def _response(perceiver: Resident, job: _Job, elapsed_s: float) -> PerceiveResponse:
     answers = [job.answers[i] for i in range(len(job.items))]
     task_token, expert = perceiver.route(job.request.task)
     return PerceiveResponse(

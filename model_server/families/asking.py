@@ -1,0 +1,87 @@
+"""What passes between a family's dialect, which knows tasks, and its speaker, which knows pixels and tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from model_server.protocol import PerceiveRequest, Task, TileAnswer
+from model_server.query import Query
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One message to the model.
+
+    images: uint8 [H, W, 3] each, shown before the message, in this order.
+    expert: row of the feed-forward expert, 0 where a model has one.
+    steps: most tokens that it may say.
+    options: where given, nothing is said: each option is weighed as the whole answer.
+    """
+
+    images: tuple[np.ndarray, ...]
+    message: str
+    steps: int
+    expert: int = 0
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer in the model's own words.
+
+    logprob: of all its tokens, the one that ends it included; tokens: how many.
+    weights: with options, their probabilities among one another.
+    """
+
+    text: str
+    logprob: float = 0.0
+    tokens: int = 1
+    weights: tuple[float, ...] = ()
+
+    @property
+    def probability(self) -> float:
+        """Of the whole answer, as the model sees it; not calibrated."""
+        return min(math.exp(self.logprob), 1.0)
+
+    @property
+    def mean_probability(self) -> float:
+        """Of a token on (geometric) average; not calibrated."""
+        return min(math.exp(self.logprob / self.tokens), 1.0)
+
+
+class Speaker(Protocol):
+    """A loaded network that answers messages about pictures."""
+
+    precision: str
+
+    def say(self, asks: Sequence[Ask]) -> list[Said]:
+        """Answer every message, in order; greedy decoding, as published."""
+        ...
+
+
+class Dialect(Protocol):
+    """How a family is asked for each task, and what its words mean."""
+
+    name: str
+    tasks: tuple[Task, ...]
+
+    def route(self, task: Task) -> tuple[str, str]:
+        """Task token and expert that serve a task."""
+        ...
+
+    def ask(self, query: Query) -> list[Ask]:
+        """The messages that answer a query; segmentation has one for each class."""
+        ...
+
+    def read(self, query: Query, said: Sequence[Said]) -> TileAnswer:
+        """The answer. Raises MalformedText where the words do not hold what they should."""
+        ...
+
+    def cautions(self, request: PerceiveRequest) -> list[str]:
+        """What is special about a family's answers to a request."""
+        ...
