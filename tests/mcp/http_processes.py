@@ -1,0 +1,63 @@
+"""`rs-mcp --http` as a process, and clients of it that say who they are."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from mcp import Client
+from mcp.client.streamable_http import create_mcp_http_client, streamable_http_client
+from mcp_processes import STARTED_S, accepts, free_port, wait_until
+
+CALL = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
+ACCEPT = {"Accept": "application/json, text/event-stream"}
+
+
+@dataclass(frozen=True)
+class Service:
+    url: str
+    log: Path
+
+    def post(self, path: str = "/mcp", *, token: str | None = None, **options: object) -> httpx.Response:
+        """A bare request: a ping, unless `options` of httpx say otherwise."""
+        headers = ACCEPT | dict(options.pop("headers", {}))  # type: ignore[call-overload]
+        if token is not None:
+            headers["Authorization"] = f"Bearer {token}"
+        if not options.keys() & {"json", "content"}:
+            options["json"] = CALL
+        return httpx.post(self.url + path, headers=headers, trust_env=False, timeout=60, **options)  # type: ignore[arg-type]
+
+    def get(self, path: str, **headers: str) -> httpx.Response:
+        return httpx.get(self.url + path, headers=headers, trust_env=False, timeout=60)
+
+    @asynccontextmanager
+    async def client(self, token: str, mode: str = "auto") -> AsyncIterator[Client]:
+        """An MCP client with a bearer token. `mode` as of `mcp.Client`."""
+        async with (
+            create_mcp_http_client({"Authorization": f"Bearer {token}"}) as http,
+            Client(streamable_http_client(f"{self.url}/mcp", http_client=http), mode=mode) as client,
+        ):
+            yield client
+
+
+@contextmanager
+def running_service(folder: Path, *arguments: str) -> Iterator[Service]:
+    """`rs-mcp --http` on a free port; its state and its log lie in `folder`."""
+    port, log = free_port(), folder / "log"
+    command = [sys.executable, "-m", "mcp_server", "--http", "--port", str(port), *arguments]
+    environment = os.environ | {"RS_PERCEPTION_STATE": str(folder / "state")}
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stderr=file, env=environment)
+    try:
+        wait_until(lambda: accepts(port) or process.poll() is not None)
+        assert process.poll() is None, log.read_text()
+        yield Service(f"http://127.0.0.1:{port}", log)
+    finally:
+        process.terminate()
+        process.wait(STARTED_S)
