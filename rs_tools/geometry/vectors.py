@@ -1,13 +1,15 @@
 """Masks and boxes as polygons: outlined in pixels, simplified, placed on Earth and measured.
 
 A mask is outlined while its rows pass by, strip by strip: pieces that meet at the edge of a strip are joined, so no
-seam shows and the memory taken is that of the polygons kept. Pixels that touch at a corner only are two objects.
+seam shows. Only an area whose outline grows beyond `_MOST_POINTS` is given in parts, cut at the edges of strips, so that
+the memory taken stays bounded whatever the mask. Pixels that touch at a corner only are two objects.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import shapely
@@ -18,6 +20,9 @@ from rs_tools.geometry.blending import NODATA
 from rs_tools.geometry.measures import Georeference, geodesic_area_m2
 
 _STRIP_ROWS = 1024
+_STRIP_PIXELS = 2**21  # outlining takes about 20 bytes for each
+_COUNTED_ROWS = 32
+_MOST_POINTS = 100_000  # of an area that goes on
 _MOST_OFF = 1.5  # tolerances
 _AREA_TOLERANCE = 0.01  # pixels
 _BATCH_POINTS = 100_000  # that are placed at once
@@ -50,6 +55,7 @@ class _Open:
     value: int
     pieces: list[shapely.Polygon]
     total: float  # of the scores of its pixels
+    points: int
 
 
 @dataclass
@@ -66,6 +72,7 @@ class MaskOutliner:
     Attributes:
         specks: areas left out.
         speck_pixels: their pixels.
+        cuts: how often an area was given so far and its rest as another, because of its many points.
     """
 
     width: int
@@ -73,6 +80,7 @@ class MaskOutliner:
     min_pixels: int = 1
     specks: int = 0
     speck_pixels: int = 0
+    cuts: int = 0
     _rows: list[np.ndarray] = field(default_factory=list)
     _scores: list[np.ndarray] = field(default_factory=list)
     _waiting: int = 0
@@ -89,7 +97,7 @@ class MaskOutliner:
         if scores is not None:
             self._scores.append(scores)
         self._waiting += len(rows)
-        if self._waiting >= _STRIP_ROWS:
+        if self._waiting >= min(_STRIP_ROWS, max(1, _STRIP_PIXELS // self.width)):
             yield from self._strip()
 
     def finish(self) -> Iterator[Shape]:
@@ -100,39 +108,30 @@ class MaskOutliner:
 
     def _strip(self) -> Iterator[Shape]:
         strip = np.concatenate(self._rows)
-        top, height = self._top, len(strip)
         scores = np.concatenate(self._scores) if self._scores else None
-        self._rows, self._scores, self._waiting, self._top = [], [], 0, top + height
-        place = Affine.translation(self.origin[0], self.origin[1] + top)
-        pieces, values = [], []
+        place = Affine.translation(self.origin[0], self.origin[1] + self._top)
+        self._top += len(strip)
+        self._rows, self._scores, self._waiting = [], [], 0
         kept = (strip != 0) & (strip != NODATA)
-        for geometry, value in shapes(strip, mask=kept, connectivity=4, transform=place):
-            pieces.append(shapely.geometry.shape(geometry))
-            values.append(int(value))
-        totals = _totals(pieces, scores, place)
-        first = self._numbered(pieces, top, 0)
-        last = self._numbered(pieces, top, height - 1)
+        drawn = [(one, int(value)) for one, value in shapes(strip, mask=kept, connectivity=4, transform=place)]
+        values = [value for _, value in drawn]
+        pieces = [_polygon(one) for one, _ in drawn]
+        numbers = np.full(strip.shape, -1, np.int32)  # of the piece that each pixel belongs to
+        if drawn:
+            rasterize([(one, i) for i, (one, _) in enumerate(drawn)], out=numbers, transform=place)
+        del drawn
+        totals = [0.0] * len(pieces) if scores is None else _totals(numbers, scores, len(pieces))
+        first, last = numbers[0], numbers[-1]
         owner = self._joined(pieces, values, totals, first)
         inside = set(range(len(pieces))) - set(owner)
         for i in sorted(inside - set(last.tolist())):
             yield from self._shape(values[i], [pieces[i]], totals[i])
         for i in sorted(inside & set(last.tolist())):
             owner[i] = max(self._open, default=-1) + 1
-            self._open[owner[i]] = _Open(values[i], [pieces[i]], totals[i])
+            self._open[owner[i]] = _Open(values[i], [pieces[i]], totals[i], _points(pieces[i]))
         self._last = np.array([owner[i] if i >= 0 else -1 for i in last.tolist()])
         yield from self._closed(set(self._last.tolist()))
-
-    def _numbered(self, pieces: list[shapely.Polygon], top: int, offset: int) -> np.ndarray:
-        """For each column of one row of the strip the number of the piece there, or -1."""
-        y = self.origin[1] + top + offset
-        there = [i for i, piece in enumerate(pieces) if piece.bounds[1] <= y < piece.bounds[3]]
-        if not there:
-            return np.full(self.width, -1)
-        place = Affine.translation(self.origin[0], y)
-        numbered = [(pieces[i], i) for i in there]
-        numbers = np.full((1, self.width), -1, np.int32)
-        rasterize(numbered, out=numbers, transform=place)
-        return numbers[0]
+        yield from self._cut()
 
     def _joined(
         self, pieces: list[shapely.Polygon], values: list[int], totals: list[float], first: np.ndarray
@@ -156,9 +155,11 @@ class MaskOutliner:
                 owner[i] = root(area)
                 self._open[owner[i]].pieces.append(pieces[i])
                 self._open[owner[i]].total += totals[i]
+                self._open[owner[i]].points += _points(pieces[i])
             elif root(area) != root(owner[i]):
                 gone, stays = root(area), root(owner[i])
                 self._open[stays].total += self._open[gone].total
+                self._open[stays].points += self._open[gone].points
                 self._open[stays].pieces += self._open.pop(gone).pieces
                 into[gone] = stays
         return {i: root(area) for i, area in owner.items()}
@@ -166,6 +167,15 @@ class MaskOutliner:
     def _closed(self, going_on: set[int]) -> Iterator[Shape]:
         for number in sorted(set(self._open) - going_on):
             area = self._open.pop(number)
+            yield from self._shape(area.value, area.pieces, area.total)
+
+    def _cut(self) -> Iterator[Shape]:
+        """Areas of too many points, given as far as they are known; what they go on with becomes another area."""
+        assert self._last is not None
+        for number in [number for number, area in self._open.items() if area.points > _MOST_POINTS]:
+            area = self._open.pop(number)
+            self._last[self._last == number] = -1
+            self.cuts += 1
             yield from self._shape(area.value, area.pieces, area.total)
 
     def _shape(self, value: int, pieces: list[shapely.Polygon], total: float) -> Iterator[Shape]:
@@ -179,13 +189,23 @@ class MaskOutliner:
             yield Shape(value, round(polygon.area), polygon, total / pixels)
 
 
-def _totals(pieces: list[shapely.Polygon], scores: np.ndarray | None, place: Affine) -> list[float]:
-    """The sum of the scores under each piece of a strip."""
-    if scores is None or not pieces:
-        return [0.0] * len(pieces)
-    numbers = np.zeros(scores.shape, np.int32)
-    rasterize([(piece, i) for i, piece in enumerate(pieces, 1)], out=numbers, transform=place)
-    return np.bincount(numbers.ravel(), scores.ravel(), len(pieces) + 1)[1:].tolist()
+def _polygon(drawn: dict[str, Any]) -> shapely.Polygon:
+    """A polygon as rasterio draws it."""
+    exterior, *holes = [shapely.linearrings(np.array(ring)) for ring in drawn["coordinates"]]
+    return shapely.polygons(exterior, holes or None)
+
+
+def _points(polygon: shapely.Polygon) -> int:
+    return int(shapely.get_num_coordinates(polygon))
+
+
+def _totals(numbers: np.ndarray, scores: np.ndarray, pieces: int) -> list[float]:
+    """The sum of the scores of each piece; `numbers` int32 [n, W] says which piece a pixel belongs to, -1 none."""
+    totals = np.zeros(pieces + 1)
+    for top in range(0, len(numbers), _COUNTED_ROWS):  # in small parts: numpy counts in copies of twice the size
+        rows = slice(top, top + _COUNTED_ROWS)
+        totals += np.bincount((numbers[rows] + 1).ravel(), scores[rows].ravel(), pieces + 1)
+    return totals[1:].tolist()
 
 
 def simplified(polygon: shapely.Polygon, tolerance: float = 1.0) -> shapely.Polygon:
@@ -200,8 +220,8 @@ def simplified(polygon: shapely.Polygon, tolerance: float = 1.0) -> shapely.Poly
     # To stay valid shapely may move an outline further than it was told; its new points are all old ones.
     outline = simple.boundary
     shapely.prepare(outline)
-    off = shapely.distance(shapely.points(shapely.get_coordinates(polygon)), outline)
-    return simple if off.max() <= _MOST_OFF * tolerance else polygon
+    old = shapely.points(shapely.get_coordinates(polygon))
+    return simple if shapely.dwithin(outline, old, _MOST_OFF * tolerance).all() else polygon
 
 
 def measured(found: Sequence[Shape], georeference: Georeference | None) -> list[Shape]:
