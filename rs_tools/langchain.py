@@ -11,14 +11,11 @@ model server. A tool's message holds the answer in words for the model; its arti
 from __future__ import annotations
 
 import asyncio
-import inspect
-import typing
 from collections.abc import Callable, Coroutine, Sequence
-from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, create_model
+from pydantic import ConfigDict, Field, PrivateAttr, SecretStr
 
 try:
     from langchain_core.tools import BaseTool, BaseToolkit, ToolException
@@ -27,11 +24,11 @@ except ModuleNotFoundError as error:
         "rs_tools.langchain needs langchain-core: pip install 'rs-perception[langchain]'", name=error.name
     ) from error
 
-import mcp_server
 from rs_tools import _client, _submit
+from rs_tools.declarations import DECLARATIONS, Declaration
 from rs_tools.errors import PerceptionError
 from rs_tools.imagery.access import AccessPolicy
-from rs_tools.results import Model, Result
+from rs_tools.results import Result
 from rs_tools.summary import summarize
 from rs_tools.tools import DEADLINE_S, Tools
 
@@ -91,37 +88,18 @@ class RemoteSensingToolkit(BaseToolkit):
 
     def get_tools(self) -> list[BaseTool]:
         """The tools, in the order in which MCP lists them; they share opened images and connections."""
-        return [_tool(function, self._tools) for function in mcp_server.TITLES]
+        return [_tool(declaration, self._tools) for declaration in DECLARATIONS]
 
 
-def _tool(function: Callable[..., Any], tools: Tools) -> PerceptionTool:
-    name, arguments = function.__name__, _arguments(function)
+def _tool(declaration: Declaration, tools: Tools) -> PerceptionTool:
+    def refusal(error: Any) -> str:
+        return declaration.refusal(error.errors())
+
     return PerceptionTool(
-        name=name,
-        description=" ".join((inspect.getdoc(function) or "").split()),
-        args_schema=arguments,
-        ask=getattr(tools, name),
+        name=declaration.name,
+        description=declaration.description,
+        args_schema=declaration.arguments,
+        ask=getattr(tools, declaration.name),
         handle_tool_error=True,
-        handle_validation_error=partial(_refusal, name, arguments),
+        handle_validation_error=refusal,
     )
-
-
-@cache
-def _arguments(function: Callable[..., Any]) -> type[Model]:
-    """A model of the parameters of an MCP tool, which are those of the `Tools` method of the same name."""
-    annotations = typing.get_type_hints(function, include_extras=True)
-    fields: dict[str, Any] = {
-        name: (annotations[name], ... if one.default is one.empty else one.default)
-        for name, one in inspect.signature(function).parameters.items()
-        if name != "ctx"
-    }
-    return create_model(function.__name__, __base__=Model, **fields)
-
-
-def _refusal(name: str, arguments: type[Model], error: Any) -> str:
-    """What was wrong with the arguments, and which there are."""
-    wrong = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
-    takes = ", ".join(
-        f"{field} (required)" if one.is_required() else field for field, one in arguments.model_fields.items()
-    )
-    return f"{name} cannot use these arguments ({wrong}). It takes {takes}."

@@ -51,7 +51,7 @@ async def test_a_call_that_cannot_be_answered_says_why_and_the_server_goes_on(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"image": SCENE, "bbox": [0, 0, 10, 10]}, "'bbox'"),
+        ({"image": SCENE, "bbox": [0, 0, 10, 10]}, "bbox: there is no such argument"),
         ({"image": SCENE, "detail": "long"}, "'short' or 'full'"),
         ({"image": SCENE, "region": ["left", "right"]}, "region.0"),
         ({}, "image: Field required"),
@@ -95,7 +95,7 @@ async def test_a_model_server_that_dies_between_calls_gives_an_error_not_a_hang(
 async def test_a_fault_of_ours_is_logged_in_full_and_told_without_its_words(
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def broken(*_: object) -> None:
+    async def broken(*_: object, **__: object) -> None:
         raise KeyError("an inner secret")
 
     monkeypatch.setattr(Tools, "list_images", broken)

@@ -15,6 +15,7 @@ from mcp_processes import Connect, text_of
 
 import mcp_server
 from model_server.protocol import ModelInfo, PerceiveRequest, PerceiveResponse, TileVqa
+from rs_tools import mcp_progress
 from rs_tools.errors import NotServed
 from rs_tools.imagery.access import AccessPolicy
 from rs_tools.looking import BATCH
@@ -73,7 +74,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> GatedModel:
 async def test_progress_is_in_looks_with_their_total_and_only_grows(
     folder: Path, model: GatedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mcp_server, "PROGRESS_EVERY_S", 0.02)
+    monkeypatch.setattr(mcp_progress, "EVERY_S", 0.02)
     heard: list[tuple[float, float | None, str]] = []
 
     async def hear(progress: float, total: float | None, message: str | None) -> None:

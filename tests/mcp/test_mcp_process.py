@@ -16,6 +16,7 @@ from mcp import Client
 from mcp_processes import ModelServer, stdio, text_of
 
 import mcp_server
+from rs_tools import mcp_progress
 from rs_tools.imagery.access import AccessPolicy
 
 SCENE = "itaipu_landsat8.tif"
@@ -85,7 +86,7 @@ def test_over_http_a_foreign_host_or_origin_is_refused(http_server: str) -> None
 async def test_a_long_call_reports_progress_that_only_grows_and_can_be_cancelled(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mcp_server, "PROGRESS_EVERY_S", 0.02)
+    monkeypatch.setattr(mcp_progress, "EVERY_S", 0.02)
     seen: list[float] = []
     asked, enough, hung_up = asyncio.Event(), asyncio.Event(), asyncio.Event()
 

@@ -211,7 +211,7 @@ async def test_cancelling_a_call_ends_its_work(tools: dict[str, BaseTool]) -> No
         ("vqa", {"image": "early.tif", "question": " "}, ["empty"]),
         ("ground", {"image": "early.tif", "query": "ship", "region": [0, 0, 91, 80]}, ["90x80", "x1 < x2"]),
         ("caption", {"image": "early.tif", "bbox": [0, 0, 9, 9]}, ["caption cannot use", "bbox", "region"]),
-        ("segment", {"image": "early.tif"}, ["classes: Field required", "classes (required)"]),
+        ("segment", {"image": "early.tif"}, ["classes: Field required", "classes (array, required)"]),
         ("caption", {"image": "early.tif", "detail": "long"}, ["'short' or 'full'"]),
         ("ground", {"image": "early.tif", "query": "ship", "min_score": float("nan")}, ["min_score", "finite"]),
     ],
