@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,3 +90,22 @@ def fetch(repo: str, revision: str | None) -> Located:
     if revision != path.name:
         logger.info("fetched %s; pin it with --weights %s", wanted, label)
     return Located(path, label)
+
+
+def companion(beside: Callable[[], Path], named: object) -> Path:
+    """The folder of a part that a checkpoint names and may not hold: found by `beside`, else fetched by its hub id.
+
+    Raises:
+        WeightsError: neither; it says both reasons.
+    """
+    try:
+        return beside()
+    except WeightsError as missing:
+        if not isinstance(named, str) or not _HUB_ID.fullmatch(named):
+            raise
+        try:
+            found = locate(named)
+        except WeightsError as error:
+            raise CannotFetch(f"{missing}; {error}") from error
+        logger.info("%s comes from %s", named, found.label or found.folder)
+        return found.folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -42,6 +43,14 @@ class Said:
     logprob: float = 0.0
     tokens: int = 1
     weights: tuple[float, ...] = ()
+
+    @classmethod
+    def weighed(cls, options: Sequence[str], ids: Sequence[Sequence[int]], logprobs: Sequence[float]) -> Said:
+        """The likeliest option, with the share of each among them."""
+        most = max(logprobs)
+        shares = [math.exp(p - most) for p in logprobs]
+        best = list(logprobs).index(most)
+        return cls(options[best], most, len(ids[best]) + 1, tuple(share / sum(shares) for share in shares))
 
     @property
     def probability(self) -> float:
@@ -85,3 +94,12 @@ class Dialect(Protocol):
     def cautions(self, request: PerceiveRequest) -> list[str]:
         """What is special about a family's answers to a request."""
         ...
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A loaded checkpoint; folders: all that its answers depend on."""
+
+    dialect: Dialect
+    speaker: Speaker
+    folders: tuple[Path, ...]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from model_server.families.asking import Ask, Said
 from model_server.families.pictures import Processing
+from model_server.families.seen import SeenPictures
 from model_server.families.speaking import greedy, weigh
 from model_server.families.words import Words
 from model_server.model.llava import ImageTokens, LlavaVLM, Prompt
@@ -26,6 +28,7 @@ class LlavaSpeaker:
                  context: int) -> None:  # fmt: skip
         self.model, self.words, self.processing, self.prompt = model, words, processing, prompt
         self.context = context
+        self._seen: SeenPictures[ImageTokens] = SeenPictures(_bytes)
         weight = model.decoder.embed.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.precision = str(weight.dtype).removeprefix("torch.")
@@ -53,24 +56,23 @@ class LlavaSpeaker:
         prompt = self._prompt([ask])
         logits, state = self.model.prefill(prompt, torch.tensor([ask.expert]), max(map(len, options)) + 1)
         found = weigh(self.model.step, logits, state, options, sorted(self.words.ends))
-        weights = torch.tensor(found).softmax(0).tolist()
-        best = max(range(len(weights)), key=weights.__getitem__)
-        return Said(ask.options[best], found[best], len(options[best]) + 1, tuple(weights))
+        return Said.weighed(ask.options, options, found)
 
     def _room(self, prompt: Prompt, steps: int) -> int:
         return max(1, min(steps, self.context - prompt.real.shape[1]))
 
     def _prompt(self, asks: Sequence[Ask]) -> Prompt:
-        shown = {id(image): image for ask in asks for image in ask.images}
-        tokens: dict[int, ImageTokens] = {}
-        keys = list(shown)
-        for start in range(0, len(keys), ROWS):
-            some = keys[start : start + ROWS]
-            views = [self.processing.views(shown[key]).to(self.device, self.dtype) for key in some]
-            sizes = [(shown[key].shape[1], shown[key].shape[0]) for key in some]
-            tokens.update(zip(some, self.model.encode(views, sizes), strict=True))
+        tokens = iter(self._seen.of([image for ask in asks for image in ask.images], self._encode, ROWS))
         ids = [
             torch.tensor(self.words.prompt(self.prompt(ask.message, len(ask.images))), device=self.device)
             for ask in asks
         ]
-        return self.model.prompt(ids, [[tokens[id(image)] for image in ask.images] for ask in asks])
+        return self.model.prompt(ids, [[next(tokens) for _ in ask.images] for ask in asks])
+
+    def _encode(self, pictures: Sequence[np.ndarray]) -> list[ImageTokens]:
+        views = [self.processing.views(picture).to(self.device, self.dtype) for picture in pictures]
+        return self.model.encode(views, [(picture.shape[1], picture.shape[0]) for picture in pictures])
+
+
+def _bytes(image: ImageTokens) -> int:
+    return sum(tensor.nbytes for tensor in (image.tokens, image.stacks) if tensor is not None)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib
 from pathlib import Path
-from typing import cast
 
 import torch
 
 from model_server.checkpoints.adapters import find_family
-from model_server.families.asking import Dialect, Speaker
+from model_server.families.asking import Opened
 from model_server.families.perceiver import PublishedPerceiver
 from model_server.model.attention import Backend
 from model_server.model.config import ModelConfig
@@ -31,16 +30,15 @@ def load(folder: Path, device: str = "cpu", label: str | None = None) -> Publish
     folder = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
     family = find_family(folder).NAME
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    opened = importlib.import_module(f"model_server.families.{family}").open_checkpoint(folder, device, dtype)
-    dialect, speaker = cast(tuple[Dialect, Speaker], opened)
+    opened: Opened = importlib.import_module(f"model_server.families.{family}").open_checkpoint(folder, device, dtype)
     info = ModelInfo(
         model=f"{family}:{label or folder.resolve().name}",
-        weights_digest=digest(folder),
+        weights_digest=digest(*opened.folders),
         attention_backend=Backend.AUTO,
-        precision=speaker.precision,
+        precision=opened.speaker.precision,
         device=device,
     )
-    return PublishedPerceiver(dialect, speaker, info, embedded_taxonomy())
+    return PublishedPerceiver(opened.dialect, opened.speaker, info, embedded_taxonomy())
 
 
 def embedded_taxonomy() -> tuple[str, ...]:
@@ -50,10 +48,11 @@ def embedded_taxonomy() -> tuple[str, ...]:
     return tuple(name for name in config.labels if name not in merged)
 
 
-def digest(folder: Path) -> str:
-    """Of all configs, tokenizers and tensors of a folder, names included: 16 hex digits."""
+def digest(*folders: Path) -> str:
+    """Of all configs, tokenizers and tensors of some folders, names included: 16 hex digits."""
+    found = {path: str(path.relative_to(own)) for own in folders for kind in _HASHED for path in own.rglob(kind)}
     sha = hashlib.sha256()
-    for path in sorted({path for pattern in _HASHED for path in folder.rglob(pattern) if path.is_file()}):
+    for path, name in sorted(found.items()):
         with path.open("rb") as file:
-            sha.update(str(path.relative_to(folder)).encode() + hashlib.file_digest(file, "sha256").digest())
+            sha.update(name.encode() + hashlib.file_digest(file, "sha256").digest())
     return sha.hexdigest()[:16]

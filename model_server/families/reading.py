@@ -40,7 +40,7 @@ def answer(said: Said) -> TileVqa:
     return TileVqa(
         answer=short if kind == "yes_no" else said.text,
         kind=kind,
-        confidence=said.probability,
+        confidence=said.mean_probability if kind == "text" else said.probability,
         abstained=False,
         alternatives=[],
     )

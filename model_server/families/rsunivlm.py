@@ -14,7 +14,7 @@ import torch
 
 from model_server.checkpoints.adapters import rsunivlm
 from model_server.checkpoints.published import read_json
-from model_server.families.asking import Ask, Said
+from model_server.families.asking import Ask, Opened, Said
 from model_server.families.llava_speaker import LlavaSpeaker
 from model_server.families.pictures import Processing, aspect_of
 from model_server.families.reading import answer, caption, change, classes, masks, objects
@@ -39,14 +39,14 @@ STEPS: dict[Task, int] = {
 HALF = (0.5, 0.5, 0.5)  # SigLIP's mean and deviation
 
 
-def open_checkpoint(folder: Path, device: str, dtype: torch.dtype) -> tuple[RSUniVLMDialect, LlavaSpeaker]:
+def open_checkpoint(folder: Path, device: str, dtype: torch.dtype) -> Opened:
     """Raises WeightsError where a part is missing, does not fit or cannot be computed."""
     words, raw = Words.load(folder), read_json(folder / "config.json")
     model, _ = rsunivlm.load(folder, device=device, dtype=dtype)
     side, merge = model.config.vision.image_size, model.config.merge
     processing = Processing(size=side, mean=HALF, std=HALF, aspect=aspect_of(raw, merge), merge=merge)
     context = raw.get("max_position_embeddings", 32768)
-    return RSUniVLMDialect(side), LlavaSpeaker(model, words, processing, prompt, context)
+    return Opened(RSUniVLMDialect(side), LlavaSpeaker(model, words, processing, prompt, context), (folder,))
 
 
 def prompt(message: str, pictures: int = 1) -> str:

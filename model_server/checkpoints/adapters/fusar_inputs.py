@@ -77,18 +77,33 @@ def _spread(values: np.ndarray) -> np.ndarray:
     return (values - values.min()) / reach if reach > 0 else np.zeros_like(values)
 
 
-def cut_patches(image: Image.Image, config: QwenVLConfig, mean: Sequence[float],
-                std: Sequence[float]) -> tuple[Tensor, tuple[int, int]]:  # fmt: skip
+def cut_patches(image: Image.Image, config: QwenVLConfig, mean: Sequence[float], std: Sequence[float],
+                size: tuple[int, int] | None = None) -> tuple[Tensor, tuple[int, int]]:  # fmt: skip
     """A picture squashed to the model's square (bicubic), normalised and cut: patches [N, 3 * frames * patch^2] in the
-    tower's order, and their grid. mean, std: of red, green, blue in 0..1, from the checkpoint."""
-    v, side = config.vision, config.image_size
-    picture = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
-    values = np.asarray(picture, np.float32) / 255  # [side, side, 3]
+    tower's order, and their grid (rows, columns). mean, std: of red, green, blue in 0..1, from the checkpoint. size:
+    (width, height) instead of the square, multiples of patch times merge."""
+    v = config.vision
+    width, height = size or (config.image_size, config.image_size)
+    picture = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    values = np.asarray(picture, np.float32) / 255  # [height, width, 3]
     values = (values - np.array(mean, np.float32)) / np.array(std, np.float32)
-    n = side // v.patch
-    cells = torch.from_numpy(values).view(n // v.merge, v.merge, v.patch, n // v.merge, v.merge, v.patch, 3)
-    cells = cells.permute(0, 3, 1, 4, 6, 2, 5).reshape(n * n, 3, 1, v.patch, v.patch)
-    return cells.expand(-1, -1, v.frames, -1, -1).reshape(n * n, -1), (n, n)
+    h, w = height // v.patch, width // v.patch
+    cells = torch.from_numpy(values).view(h // v.merge, v.merge, v.patch, w // v.merge, v.merge, v.patch, 3)
+    cells = cells.permute(0, 3, 1, 4, 6, 2, 5).reshape(h * w, 3, 1, v.patch, v.patch)
+    return cells.expand(-1, -1, v.frames, -1, -1).reshape(h * w, -1), (h, w)
+
+
+def _chat_template(folder: Path) -> str:
+    """The chat template, in a file of its own or in a JSON file's field."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            found = read_json(folder / name).get("chat_template")
+            if isinstance(found, str):
+                return found
+    raise WeightsError(f"{path} is missing, and no JSON file in {folder} holds a chat_template")
 
 
 class PromptWriter:
@@ -98,12 +113,11 @@ class PromptWriter:
         """Raises WeightsError where the tokenizer or the template is missing."""
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        template, tokenizer = folder / "chat_template.jinja", folder / "tokenizer.json"
-        for path in (template, tokenizer):
-            if not path.is_file():
-                raise WeightsError(f"{path} is missing")
+        tokenizer = folder / "tokenizer.json"
+        if not tokenizer.is_file():
+            raise WeightsError(f"{tokenizer} is missing")
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        self._template = environment.from_string(template.read_text(encoding="utf-8"))
+        self._template = environment.from_string(_chat_template(folder))
         self.tokenizer = Tokenizer.from_file(str(tokenizer))
         self._config = config
         picture: dict[str, Any] = read_json(folder / "preprocessor_config.json")

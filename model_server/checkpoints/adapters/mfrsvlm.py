@@ -97,17 +97,15 @@ def detail_config(raw: Mapping[str, Any], tower: Path, vision: ViTConfig) -> Det
     )
 
 
-def read_config(folder: Path, raw: Mapping[str, Any], tensors: Tensors) -> LlavaConfig:
-    """Our config of a checkpoint whose config.json holds `raw`.
+def read_config(raw: Mapping[str, Any], tensors: Tensors, tower: Path) -> LlavaConfig:
+    """Our config of a checkpoint whose config.json holds `raw`, with the tower in a folder.
 
     Raises:
         UnsupportedLayout: it asks for what is not computed here.
-        WeightsError: its vision tower is not there.
     """
     require(raw, "mm_projector_type", ["mlp2x_gelu"])
     require(raw, "mm_vision_select_feature", ["patch"])
     require(raw, "rope_scaling", [None])
-    tower = _tower(folder, raw)
     described = read_json(tower / "config.json")
     require(described, "model_type", ["clip_vision_model", "clip"])
     vision = vit_config(described, CLIP)
@@ -133,7 +131,12 @@ def read_config(folder: Path, raw: Mapping[str, Any], tensors: Tensors) -> Llava
     )
 
 
-def _tower(folder: Path, raw: Mapping[str, Any]) -> Path:
+def tower_of(folder: Path, raw: Mapping[str, Any]) -> Path:
+    """The folder of the tower that a checkpoint's config.json names.
+
+    Raises:
+        WeightsError: it is not there.
+    """
     name = need(raw, "mm_vision_tower")
     tower = tower_folder(folder, name)
     if tower is None:
@@ -156,10 +159,10 @@ def _rope_base(tensors: Tensors, configured: float) -> float:
 
 
 def load(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32,
-         overrides: Mapping[str, Any] | None = None,
+         overrides: Mapping[str, Any] | None = None, tower: Path | None = None,
          spread: Spread | None = None) -> tuple[LlavaVLM, Report]:  # fmt: skip
-    """Read a checkpoint's folder and its tower's; `overrides` replace fields of its config.json; `spread`:
-    over devices.
+    """Read a checkpoint's folder and its tower's (`tower`, if it is elsewhere than the config says); `overrides`
+    replace fields of its config.json; `spread`: over devices.
 
     Raises:
         LayoutError: tensors are missing, unexpected or of another shape.
@@ -167,10 +170,11 @@ def load(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float3
     """
     raw = {**read_json(folder / "config.json"), **(overrides or {})}
     tensors = open_tensors(folder)
-    config = read_config(folder, raw, tensors)
+    tower = tower or tower_of(folder, raw)
+    config = read_config(raw, tensors, tower)
     model = empty(lambda: LlavaVLM(config), device, dtype, spread)
     tied = (r"lm_head\.weight",) if config.decoder.tied else ()
-    report = fill(model, plan(config), {**tensors, **open_tensors(_tower(folder, raw))}, (*UNUSED, *tied))
+    report = fill(model, plan(config), {**tensors, **open_tensors(tower)}, (*UNUSED, *tied))
     if not report.fits:
         raise LayoutError(folder, report)
     model = model.eval().requires_grad_(False)
