@@ -205,6 +205,32 @@ def serve(context: typer.Context) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "model_server.app", *context.args])
 
 
+@app.command(epilog="Example: rs-tools doctor --root ~/imagery")
+def doctor(
+    root: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR", help="A folder that images are to be read from; repeatable.")
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(metavar="DIR", help="Checkpoint of the local model server.")] = None,
+    model_url: Annotated[str | None, typer.Option(metavar="URL", help="A model server that runs elsewhere.")] = None,
+    token_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Its bearer token.")] = None,
+    artifacts: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the files of answers.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Check the installation and say how to mend what is wrong. Give it the options that you give to rs-mcp.
+
+    Exit status: 0 where everything works (there may be warnings), 1 where there is a problem.
+    """
+    from rs_tools.doctor import Setup, examine
+
+    try:
+        token = token_file.read_text().strip() if token_file else None
+    except OSError as error:
+        raise typer.BadParameter(f"--token-file cannot be read: {error}") from error
+    report = examine(Setup(tuple(root or ()), weights, model_url, token, artifacts))
+    print(report.to_json() if as_json else report.to_text())
+    raise typer.Exit(report.status == "problem")
+
+
 def _name(image: Path) -> str:
     return str(image.absolute())
 
