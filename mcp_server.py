@@ -20,8 +20,11 @@ from mcp.server.auth.settings import AuthSettings
 from rs_tools.client import ModelClient
 from rs_tools.errors import AccessError
 from rs_tools.imagery.access import AccessPolicy
-from rs_tools.mcp_resources import add_resources
+from rs_tools.mcp_completions import add_completions
+from rs_tools.mcp_prompts import add_prompts, told_why
+from rs_tools.mcp_resources import AnsweredFiles, add_resources
 from rs_tools.mcp_tools import declared_tools
+from rs_tools.model_facts import ModelFacts
 from rs_tools.serving.options import add_http_options, http_settings, uploads
 from rs_tools.tools import DEADLINE_S, Tools
 
@@ -49,7 +52,7 @@ def build_server(
     auth: AuthSettings | None = None,
     token_verifier: TokenVerifier | None = None,
 ) -> MCPServer[Tools]:
-    """The server with its tools, the same for every transport; nothing is opened or started before its lifespan begins.
+    """The server, the same for every transport; nothing is opened or started before its lifespan begins.
 
     Args:
         policy: which images may be read.
@@ -70,6 +73,7 @@ def build_server(
         finally:
             await client.aclose()
 
+    facts = ModelFacts(url, token, weights)
     server = MCPServer[Tools](
         "rs-perception",
         title="Remote-sensing perception",
@@ -79,8 +83,11 @@ def build_server(
         lifespan=lifespan,
         auth=auth,
         token_verifier=token_verifier,
+        middleware=[AnsweredFiles(), told_why],
     )
-    add_resources(server)
+    add_resources(server, facts)
+    add_prompts(server)
+    add_completions(server, policy, facts)
     return server
 
 

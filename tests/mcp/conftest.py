@@ -8,15 +8,21 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import rasterio
 from mcp import Client
+from mcp_models import PlantedModel
 from mcp_processes import STARTED_S, Connect, ModelServer, accepts, free_port, running_model_server, stdio, wait_until
 
+import mcp_server
+from rs_tools.imagery.access import AccessPolicy
+
 SCENES = Path(__file__).parents[2] / "examples" / "data"
-TOKEN = "token-of-the-tests"
 
 
 @pytest.fixture(scope="session")
@@ -87,3 +93,53 @@ def connect(
     arguments = ["--root", str(root), "--model-url", model_server.url, "--token-file", str(token_file)]
     arguments += ["--artifacts", str(artifacts)]
     return lambda **options: Client(stdio(*arguments), **options)
+
+
+Serve = Callable[..., Client]
+
+
+@pytest.fixture
+def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Serve:
+    """Clients of servers in this process, in front of a model that stands for the model server.
+
+    Takes the folder of images and the model; keywords go to `build_server`. Artifacts get a folder of their own.
+    """
+
+    def client(folder: Path, model: object, **options: Any) -> Client:
+        monkeypatch.setattr(mcp_server, "ModelClient", lambda *_: model)
+        return Client(mcp_server.build_server(AccessPolicy([folder]), artifacts=str(tmp_path / "artifacts"), **options))
+
+    return client
+
+
+@pytest.fixture
+def planted(root: Path, serve: Serve) -> Client:
+    """In front of a model that finds everything it is asked for."""
+    return serve(root, PlantedModel())
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small images, among them each kind that cannot be answered as asked."""
+    folder = tmp_path_factory.mktemp("small")
+    values = np.random.default_rng(0).integers(1, 255, (3, 48, 64), dtype="uint8")
+    here = {"crs": "EPSG:32633", "transform": rasterio.Affine(10, 0, 400_000, 0, -10, 5_000_000)}
+    away = {"crs": "EPSG:32633", "transform": rasterio.Affine(10, 0, 700_000, 0, -10, 5_000_000)}
+    _write(folder / "scene.tif", values, photometric="RGB", **here)
+    _write(folder / "later.tif", values[:, ::-1].copy(), photometric="RGB", **here)
+    _write(folder / "elsewhere.tif", values, photometric="RGB", **away)
+    _write(folder / "empty.tif", np.zeros_like(values), photometric="RGB", nodata=0, **here)
+    _write(folder / "plain.png", values, driver="PNG")
+    _write(folder / "radar.tif", values[:1].astype("float32") / -10, descriptions=["VV"], **here)
+    (folder / "notes.tif").write_text("A text file with the name of a raster.\n")
+    (folder / "truncated.tif").write_bytes((folder / "scene.tif").read_bytes()[:3000])
+    return folder
+
+
+def _write(path: Path, values: np.ndarray, descriptions: Sequence[str] = (), **profile: Any) -> None:
+    bands, height, width = values.shape
+    profile = {"driver": "GTiff", "dtype": values.dtype.name, **profile}
+    with rasterio.open(path, "w", width=width, height=height, count=bands, **profile) as file:
+        file.write(values)
+        if descriptions:
+            file.descriptions = descriptions

@@ -15,15 +15,24 @@ from pathlib import Path
 import httpx
 from mcp import Client
 from mcp.client.stdio import StdioServerParameters
-from mcp.types import CallToolResult, TextContent
+from mcp.types import CallToolResult, ImageContent, ResourceLink, TextContent
 
 STARTED_S = 300
+TOKEN = "token-of-the-tests"  # of the model server
 
 Connect = Callable[..., AbstractAsyncContextManager[Client]]
 
 
 def text_of(result: CallToolResult) -> str:
     return "\n".join(block.text for block in result.content if isinstance(block, TextContent))
+
+
+def links(result: CallToolResult) -> list[ResourceLink]:
+    return [block for block in result.content if isinstance(block, ResourceLink)]
+
+
+def pictures(result: CallToolResult) -> list[ImageContent]:
+    return [block for block in result.content if isinstance(block, ImageContent)]
 
 
 @dataclass(frozen=True)

@@ -8,25 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
-import numpy as np
 import pytest
 from mcp import Client, MCPError
-from mcp.types import BlobResourceContents, CallToolResult, ImageContent, ResourceLink, TextResourceContents
-from mcp_processes import Connect, stdio, text_of
+from mcp.types import BlobResourceContents, TextResourceContents
+from mcp_processes import Connect, links, pictures, stdio, text_of
 from rasterio.io import MemoryFile
-
-import mcp_server
-from model_server.protocol import (
-    ModelInfo,
-    PerceiveRequest,
-    PerceiveResponse,
-    TileCaption,
-    TileChange,
-    TileMasks,
-    TileObjects,
-    TileVqa,
-)
-from rs_tools.imagery.access import AccessPolicy
 
 SCENE = "itaipu_landsat8.tif"
 CALLS: list[tuple[str, dict[str, Any]]] = [
@@ -36,14 +22,6 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
     ("detect_change", {"before": SCENE, "after": SCENE, "region": [100, 100, 300, 250]}),
     ("vqa", {"image": SCENE, "question": "How many ships are there?", "region": [100, 100, 300, 250]}),
 ]
-
-
-def links(result: CallToolResult) -> list[ResourceLink]:
-    return [block for block in result.content if isinstance(block, ResourceLink)]
-
-
-def pictures(result: CallToolResult) -> list[ImageContent]:
-    return [block for block in result.content if isinstance(block, ImageContent)]
 
 
 @pytest.mark.parametrize(("tool", "arguments"), CALLS)
@@ -64,51 +42,6 @@ async def test_a_real_model_answers_as_the_published_schema_says_with_files_that
             assert content.mime_type == link.mime_type
     if tool != "vqa":
         assert links(result)
-
-
-class PlantedModel:
-    """Sees a ship in every tile, water in its left half, and change in its upper half."""
-
-    async def perceive(self, request: PerceiveRequest, tiles: list[np.ndarray]) -> PerceiveResponse:
-        info = ModelInfo(model="planted", weights_digest="0", attention_backend="none", precision="none", device="none")
-        response = PerceiveResponse(model=info, task_token="[VG]", expert="region", elapsed_s=0)
-        match request.task:
-            case "ground":
-                ship = TileObjects(boxes=[(10.25, 20, 40, 32)], scores=[0.9], threshold=0.4, known=True, scale=1)
-                response.objects = [ship] * len(tiles)
-            case "segment":
-                response.masks = [_half(request.labels, tile) for tile in tiles]
-            case "detect_change":
-                response.changes = [_upper(tile) for tile in tiles[::2]]
-            case "vqa":
-                said = TileVqa(answer="yes", kind="yes_no", confidence=0.9, abstained=False, alternatives=[])
-                response.vqa = [said] * len(tiles)
-            case _:
-                response.captions = [TileCaption(caption="A lake.", confidence=0.8)] * len(tiles)
-        return response
-
-    async def aclose(self) -> None:
-        pass
-
-
-def _half(labels: list[str], tile: np.ndarray) -> TileMasks:
-    maps = np.zeros((len(labels), *tile.shape[:2]), np.uint8)
-    maps[0, :, : tile.shape[1] // 2] = 250
-    known = [True] * len(labels)
-    return TileMasks(labels=labels, thresholds=[0.5] * len(labels), known=known, scale=1, probabilities=maps)
-
-
-def _upper(tile: np.ndarray) -> TileChange:
-    maps = np.zeros(tile.shape[:2], np.uint8)
-    maps[: tile.shape[0] // 2] = 250
-    return TileChange(threshold=0.5, scale=1, probabilities=maps)
-
-
-@pytest.fixture
-def planted(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Client:
-    """A client of the server in front of the planted model, with an artifact folder of its own."""
-    monkeypatch.setattr(mcp_server, "ModelClient", lambda *_: PlantedModel())
-    return Client(mcp_server.build_server(AccessPolicy([root]), artifacts=str(tmp_path / "artifacts")))
 
 
 async def test_a_box_that_ground_found_can_be_given_as_the_region_of_the_next_question(planted: Client) -> None:
