@@ -17,7 +17,17 @@ import pytest
 import rasterio
 from mcp import Client
 from mcp_models import PlantedModel
-from mcp_processes import STARTED_S, Connect, ModelServer, accepts, free_port, running_model_server, stdio, wait_until
+from mcp_processes import (
+    STARTED_S,
+    TOKEN,
+    Connect,
+    ModelServer,
+    accepts,
+    free_port,
+    running_model_server,
+    stdio,
+    wait_until,
+)
 
 import mcp_server
 from rs_tools.imagery.access import AccessPolicy
