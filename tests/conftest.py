@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,3 +49,32 @@ def oracles() -> Path:
     if not (folder / "README.md").is_file():
         pytest.skip(f"no recorded results in {folder}; set RS_ORACLES to their directory")
     return folder
+
+
+SPECIALS = {
+    "rsunivlm": ("<pad>", "<s>", "<|im_end|>", "<|im_start|>"),
+    "mfrsvlm": ("<pad>", "<s>", "</s>"),
+}
+
+
+@pytest.fixture(scope="session")
+def spoken(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes copies of tiny recorded checkpoints that can be spoken to: the recordings hold no tokenizer, so each copy
+    gets one of characters. Further arguments replace fields of its config.json."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    def copy(family: str, **fields: object) -> Path:
+        folder = tmp_path_factory.mktemp("spoken") / family
+        shutil.copytree(Path(__file__).parent / "checkpoints" / "oracles" / family / "checkpoint", folder)
+        config = {**json.loads((folder / "config.json").read_text()), **fields}
+        (folder / "config.json").write_text(json.dumps(config))
+        signs = [*SPECIALS[family], *"\n abcdefghijklmnopqrstuvwxyz0123456789[],.*?':{}<>|"][: config["vocab_size"] - 1]
+        ids = {sign: n for n, sign in enumerate([*signs, "~"])}
+        tokenizer = Tokenizer(models.WordLevel(ids, unk_token="~"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        tokenizer.decoder = decoders.Fuse()
+        tokenizer.add_special_tokens(list(SPECIALS[family]))
+        tokenizer.save(str(folder / "tokenizer.json"))
+        return folder
+
+    return copy
