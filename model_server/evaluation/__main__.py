@@ -20,9 +20,10 @@ from model_server.evaluation.counting import evaluate_counts
 from model_server.evaluation.dataset import EvaluatedSet, read_set
 from model_server.evaluation.grounding import evaluate_grounding
 from model_server.evaluation.referring import evaluate_referring
-from model_server.evaluation.report import embeddings_section, markdown, print_tables
+from model_server.evaluation.report import markdown, print_tables
 from model_server.evaluation.results import Results
 from model_server.evaluation.retrieval import evaluate_retrieval
+from model_server.evaluation.sections import appendix
 from model_server.evaluation.segmenting import evaluate_segmentation
 from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver, WeightsError
 from model_server.protocol import TaskNotServed
@@ -55,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = options.report.parent
         if options.scale:
             scale.run(model, options.data_dir, options.sets, options.split, options.limit, folder)
-        appendix = [*scale.scale_section(folder), *embeddings_section(folder)]
-        page = markdown(results, model.info, _command(options), datetime.now(UTC).date().isoformat(), appendix)
+        today = datetime.now(UTC).date().isoformat()
+        page = markdown(results, model.info, _command(options), today, appendix(folder))
         folder.mkdir(parents=True, exist_ok=True)
         options.report.write_text(page)
     # A file or pipe has no width of its own; the tables need this much.
