@@ -1,16 +1,17 @@
-"""The HTTP face of the engine: wire format, authorization, bounded bodies, one table from failure to status."""
+"""The HTTP face of the engine: routes, authorization, bounded bodies, callers that leave."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import math
+import ipaddress
+import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections import Counter
+from collections.abc import Coroutine, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -21,29 +22,24 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from model_server.engine import Engine, EngineBusy, EngineError, EngineNotReady, QueryFailed
-from model_server.protocol import (
-    MAX_BODY_BYTES,
-    SERVICE,
-    PerceiveResponse,
-    TaskNotServed,
-    WireError,
-    decode_request,
-    encode_response,
-)
+from model_server.chat import read_chat
+from model_server.chat_answers import Completion, say, shortened
+from model_server.engine import Engine, EngineNotReady
+from model_server.openai_wire import UnknownModel
+from model_server.protocol import MAX_BODY_BYTES, SERVICE, PerceiveRequest, decode_request, encode_response
+from model_server.refusals import HANDLERS, LOADING_RETRY_S, BodiesFull, BodyTooLarge, TooManyCalls
+from model_server.request_log import RequestLog, record_of
+from model_server.usage import CountsTokens, usage_of
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:  # the model brings torch
+    from model_server.perceiver import Perceiver
 
 MEDIA_TYPE = "application/octet-stream"
-LOADING_RETRY_S = 2
+MAX_JSON_BYTES = 64 * 2**20  # of a body with pictures in base64
+MAX_CALLS = 64  # in work at a time, of one address that is not this machine's
 LOOPBACK_HOSTS = ["localhost", "127.0.0.1", "[::1]", "::1"]
 
-
-class BodyTooLarge(Exception):
-    """The body has more bytes than a request may have."""
-
-    def __init__(self, limit: int) -> None:
-        super().__init__(f"a request may have {limit} bytes: send fewer or smaller tiles")
+_T = TypeVar("_T")
 
 
 class Activity:
@@ -67,13 +63,16 @@ class Activity:
 class Api:
     """The handlers, over one engine. Bodies in memory are bounded: each by `max_body`, all by twice that."""
 
-    def __init__(self, engine: Engine, token: str | None, max_body: int) -> None:
+    def __init__(self, engine: Engine, token: str | None, max_body: int, max_calls: int) -> None:
         self.activity = Activity()
         self._engine = engine
         self._token = token
         self._max_body = max_body
+        self._max_calls = max_calls
+        self._calls: Counter[str] = Counter()
         self._held_bytes = 0
         self._started = time.monotonic()
+        self._born = int(time.time())
 
     async def health(self, request: Request) -> Response:
         return JSONResponse(
@@ -94,26 +93,83 @@ class Api:
 
     async def models(self, request: Request) -> Response:
         self._authorize(request)
-        perceiver = self._engine.perceiver
-        if perceiver is None:
-            raise EngineNotReady("the model is still loading")
-        info = perceiver.info.model_dump()
-        model = {"id": info["model"], "object": "model", "owned_by": "rs-perception", **info}
-        model |= {"tasks": list(perceiver.tasks), "taxonomy": list(perceiver.taxonomy)}
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [self._model_card()]})
+
+    async def model(self, request: Request) -> Response:
+        self._authorize(request)
+        card, asked = self._model_card(), request.path_params["model"]
+        if asked != card["id"]:
+            raise UnknownModel(asked, card["id"])
+        return JSONResponse(card)
 
     async def perceive(self, request: Request) -> Response:
-        self._authorize(request)
         content_type = request.headers.get("content-type", "").partition(";")[0].strip()
-        if content_type != MEDIA_TYPE:
-            raise HTTPException(415, f"the content type must be {MEDIA_TYPE}, it is {content_type or 'missing'}")
-        with self.activity, contextlib.ExitStack() as held:
-            body = await self._read(request, held)
+        with self._at_work(request), contextlib.ExitStack() as held:
+            if content_type != MEDIA_TYPE:
+                raise HTTPException(415, f"the content type must be {MEDIA_TYPE}, it is {content_type or 'missing'}")
+            body = await self._read(request, held, self._max_body)
             asked, tiles = await run_in_threadpool(decode_request, body)
             del body  # the tiles are copies
+            _note(request, asked, len(tiles))
             answer = await self._unless_gone(request, self._engine.perceive(asked, tiles))
-        logger.info("perceive task=%s tiles=%d elapsed_s=%.3f", asked.task, len(tiles), answer.elapsed_s)
         return Response(await run_in_threadpool(encode_response, answer), media_type=MEDIA_TYPE)
+
+    async def chat(self, request: Request) -> Response:
+        """OpenAI's chat completions. A stream begins when the answer is known: until then errors have their status."""
+        with self._at_work(request), contextlib.ExitStack() as held:
+            body = await self._read(request, held, min(self._max_body, MAX_JSON_BYTES))
+            model = self._model()
+            asked = await run_in_threadpool(read_chat, body, model.info.model)
+            del body
+            _note(request, asked.request, len(asked.tiles))
+            response = await self._unless_gone(request, self._engine.perceive(asked.request, asked.tiles))
+        said = await run_in_threadpool(say, asked.request, response)
+        count = model.answer_tokens if isinstance(model, CountsTokens) else _words
+        text = shortened(said.text, asked.chat.limit, count)
+        completion = Completion(
+            id=f"chatcmpl-{record_of(request.scope).id}",
+            response=response,
+            request=asked.request,
+            said=said,
+            text=text,
+            cut=text != said.text,
+            usage=usage_of(model, asked.request, len(asked.tiles), text),
+            logprobs=bool(asked.chat.logprobs),
+        )
+        if not asked.chat.stream:
+            return JSONResponse(completion.whole())
+        events = [json.dumps(chunk) for chunk in completion.chunks(asked.chat.usage_wanted)]
+        body = "".join(f"data: {event}\n\n" for event in (*events, "[DONE]"))
+        return Response(body, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    def _model(self) -> Perceiver:
+        model = self._engine.perceiver
+        if model is None:
+            raise EngineNotReady("the model is still loading")
+        return model
+
+    def _model_card(self) -> dict[str, Any]:
+        model = self._model()
+        info = model.info.model_dump()
+        card = {"id": info["model"], "object": "model", "created": self._born, "owned_by": "rs-perception", **info}
+        return card | {"tasks": list(model.tasks), "taxonomy": list(model.taxonomy)}
+
+    @contextlib.contextmanager
+    def _at_work(self, request: Request) -> Iterator[None]:
+        """While a call that asks the model is in work: it is allowed, counted, and not one too many of its caller."""
+        self._authorize(request)
+        address = request.client.host if request.client else ""
+        if not _is_here(address):
+            if self._calls[address] >= self._max_calls:
+                raise TooManyCalls(self._max_calls)
+            self._calls[address] += 1
+        try:
+            with self.activity:
+                yield
+        finally:
+            if not _is_here(address):
+                self._calls[address] -= 1
+                self._calls += Counter()  # drops those at 0
 
     def _authorize(self, request: Request) -> None:
         if self._token is None:
@@ -122,17 +178,17 @@ class Api:
         if scheme.lower() != "bearer" or not secrets.compare_digest(given.encode(), self._token.encode()):
             raise HTTPException(401, "a valid bearer token is needed", {"WWW-Authenticate": "Bearer"})
 
-    async def _read(self, request: Request, held: contextlib.ExitStack) -> bytes:
+    async def _read(self, request: Request, held: contextlib.ExitStack, limit: int) -> bytes:
         """The body; its bytes count as held until `held` closes."""
         announced = request.headers.get("content-length", "0")
-        if announced.isdecimal() and int(announced) > self._max_body:
-            raise BodyTooLarge(self._max_body)
+        if announced.isdecimal() and int(announced) > limit:
+            raise BodyTooLarge(limit)
         body = bytearray()
         async for chunk in request.stream():
-            if len(body) + len(chunk) > self._max_body:
-                raise BodyTooLarge(self._max_body)
+            if len(body) + len(chunk) > limit:
+                raise BodyTooLarge(limit)
             if self._held_bytes + len(chunk) > 2 * self._max_body:
-                raise EngineBusy(self._engine.waiting, LOADING_RETRY_S)
+                raise BodiesFull
             self._held_bytes += len(chunk)
             held.callback(self._release, len(chunk))
             body += chunk
@@ -141,7 +197,7 @@ class Api:
     def _release(self, size: int) -> None:
         self._held_bytes -= size
 
-    async def _unless_gone(self, request: Request, work: Coroutine[Any, Any, PerceiveResponse]) -> PerceiveResponse:
+    async def _unless_gone(self, request: Request, work: Coroutine[Any, Any, _T]) -> _T:
         """The result of `work`, which is cancelled when the caller disconnects."""
         working = asyncio.create_task(work)
         leaving = asyncio.create_task(_disconnected(request))
@@ -160,64 +216,49 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-# What a failure looks like to the caller: (exception, status, type in the JSON body).
-ERRORS: list[tuple[type[Exception], int, str]] = [
-    (WireError, 400, "bad_request"),
-    (TaskNotServed, 501, "not_served"),
-    (BodyTooLarge, 413, "too_large"),
-    (EngineBusy, 503, "busy"),
-    (EngineNotReady, 503, "not_ready"),
-    (QueryFailed, 500, "failed"),
-]
+def _is_here(address: str) -> bool:
+    """Whether it is this machine's: all its callers share one address, so that nobody could be told from another."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return True  # no address: another way than a network
 
 
-def _error_response(status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> Response:
-    logger.warning("refused status=%d type=%s message=%r", status, kind, message)
-    return JSONResponse({"error": {"type": kind, "message": message}}, status, headers)
+def _words(text: str) -> int:
+    return len(text.split())
 
 
-def _handler(status: int, kind: str) -> Callable[[Request, Exception], Response]:
-    def handle(request: Request, error: Exception) -> Response:
-        headers: dict[str, str] = {}
-        if isinstance(error, EngineError) and status == 503:
-            wait_s = error.retry_after_s if isinstance(error, EngineBusy) else LOADING_RETRY_S
-            headers["Retry-After"] = str(math.ceil(wait_s))
-        return _error_response(status, kind, str(error), headers)
-
-    return handle
+def _note(request: Request, asked: PerceiveRequest, tiles: int) -> None:
+    record_of(request.scope).notes.update(task=asked.task, priority=asked.priority, tiles=tiles)
 
 
-def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    kind = {401: "unauthorized", 404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
-    return _error_response(error.status_code, kind, error.detail, dict(error.headers or {}))
-
-
-def _gone(request: Request, error: Exception) -> Response:
-    logger.info("the caller disconnected; its request was dropped")
-    return Response(status_code=499)  # nobody reads it
-
-
-def create_app(engine: Engine, *, token: str | None = None, max_body: int = MAX_BODY_BYTES) -> Starlette:
+def create_app(
+    engine: Engine, *, token: str | None = None, max_body: int = MAX_BODY_BYTES, max_calls: int = MAX_CALLS
+) -> Starlette:
     """The ASGI application over an engine that somebody else starts and closes.
 
     Without a token only requests addressed to this machine by name are served, so that no web page can reach the
     server through a name of its own (DNS rebinding).
+
+    Args:
+        engine: answers.
+        token: what callers must send as bearer token.
+        max_body: bytes of one request.
+        max_calls: at a time, of one address that is not this machine's.
     """
-    api = Api(engine, token, max_body)
-    app = Starlette(
-        routes=[
-            Route("/health", api.health),
-            Route("/ready", api.ready),
-            Route("/v1/models", api.models),
-            Route("/v1/perceive", api.perceive, methods=["POST"]),
-        ],
-        middleware=[] if token else [Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK_HOSTS)],
-        exception_handlers={
-            **{error: _handler(status, kind) for error, status, kind in ERRORS},
-            HTTPException: _http_error,
-            ClientDisconnect: _gone,
-        },
-    )
+    api = Api(engine, token, max_body, max_calls)
+    routes = [
+        Route("/health", api.health),
+        Route("/ready", api.ready),
+        Route("/v1/models", api.models),
+        Route("/v1/models/{model}", api.model),
+        Route("/v1/perceive", api.perceive, methods=["POST"]),
+        Route("/v1/chat/completions", api.chat, methods=["POST"]),
+    ]
+    served = frozenset(route.path for route in routes)
+    middleware = [Middleware(RequestLog, paths=served, counts=Counter())]
+    if token is None:
+        middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK_HOSTS))
+    app = Starlette(routes=routes, middleware=middleware, exception_handlers=HANDLERS)
     app.state.activity = api.activity
     return app
