@@ -13,6 +13,7 @@ from typing import Annotated
 import torch
 import typer
 
+from model_server.training.answers import AnswersRun, AnswersTrainer
 from model_server.training.dense import DenseRun, DenseTrainer
 from model_server.training.export import calibrate, export
 from model_server.training.language import SETS, LanguageRun, LanguageTrainer
@@ -26,6 +27,7 @@ class Stage(StrEnum):
     VISION = "vision"
     LANGUAGE = "language"
     POLISH = "polish"
+    ANSWERS = "answers"
     DENSE = "dense"
     EXPORT = "export"
 
@@ -58,12 +60,12 @@ def train(
                 LanguageTrainer(LanguageRun(**shared)).fit()
             case Stage.POLISH:
                 Polisher(PolishRun(**shared)).fit()
+            case Stage.ANSWERS:
+                AnswersTrainer(AnswersRun(**shared)).fit()
             case Stage.DENSE:
                 DenseTrainer(DenseRun(**shared)).fit()
             case Stage.EXPORT:
-                polished = (run / "polish.pt").exists()
-                trainer = Polisher(PolishRun(**shared)) if polished else LanguageTrainer(LanguageRun(**shared))
-                export(trainer, run / "weights")
+                export(LanguageTrainer(LanguageRun(**shared)), run / "weights")
                 typer.echo(calibrate(run / "weights", data, SETS, limit).to_json())
                 if (run / "dense.pt").exists():
                     typer.echo(DenseTrainer(DenseRun(**shared)).export(run / "weights").to_json())

@@ -10,12 +10,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
+from model_server.model.rsvlm import RSVLM
 from model_server.perceiver import Perceiver, Query
 from model_server.protocol import TileCaption
+from model_server.training.answers import AnswersRun, AnswersTrainer
 from model_server.training.export import calibrate, export, fit_logistic, fit_temperature
 from model_server.training.language import SETS, LanguageRun, LanguageTrainer
+from model_server.training.packing import IGNORE, pack, packed_hidden
 from model_server.training.polish import Polisher, PolishRun
+from model_server.training.texts import Text
 from model_server.training.vision import VisionRun, VisionTrainer
 
 COLOURS = {"forest": (20, 120, 30), "beach": (220, 200, 140), "river": (30, 60, 180)}
@@ -40,6 +45,11 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if name != "rsicd_aid":
                 answer = "yes" if scene == "river" else "no"
                 row["qa"] = [{"question": "Is there a water area?", "answer": answer, "type": "presence"}]
+                row["qa"] += [
+                    {"question": "How many roads are there?", "answer": "3", "type": "count"},
+                    {"question": "How many buildings are there?", "answer": "0", "type": "count"},
+                    {"question": "Are there more roads than buildings?", "answer": "yes", "type": "comparison"},
+                ]
             if name == "ucm":
                 row["presence"] = {"water": scene == "river", "trees": scene == "forest"}
             rows.append(json.dumps(row))
@@ -107,6 +117,9 @@ def test_all_stages_give_a_checkpoint_that_answers_and_is_calibrated(small_data:
     trainer.fit()
     losses = [line["loss"] for line in logged(vision_run, "language") if "loss" in line]
     assert losses[-1] < losses[0]
+    answers = AnswersTrainer(AnswersRun(**shared, steps=60, rate=2e-3, every=60, ema=0.9))
+    answers.fit()
+    assert_answers_better_and_describes_the_same(answers)
     export(trainer, vision_run / "weights")
     fitted = calibrate(vision_run / "weights", small_data, SETS)
     perceiver = Perceiver.load(vision_run / "weights")
@@ -117,6 +130,28 @@ def test_all_stages_give_a_checkpoint_that_answers_and_is_calibrated(small_data:
         assert isinstance(answer, TileCaption)
         said[scene] = answer.caption
     assert all(scene in caption for scene, caption in said.items()), said
+
+
+def assert_answers_better_and_describes_the_same(trainer: AnswersTrainer) -> None:
+    """Against the stage before: comparisons that counts settle are likelier, captions are as good as unchanged."""
+    image = torch.tensor(COLOURS["river"], dtype=torch.uint8)[None, :, None, None].expand(1, 3, 64, 64)
+    features = trainer.maps(image)
+    record = next(i for i, r in enumerate(trainer.train) if r.set == "rsvqa_lr" and "yes" in {q.answer for q in r.qa})
+    compared = [t for t in trainer.texts[record].questions if " than " in t.question][:40]
+    captions = [Text("[CAP]", "", "there is a river"), Text("[CAP]", "", "this is a river")]
+    before, after = (text_loss(trainer, model, features, compared) for model in (trainer.held, trainer.average))
+    assert after < 0.7 * before
+    before, after = (text_loss(trainer, model, features, captions) for model in (trainer.held, trainer.average))
+    assert after == pytest.approx(before, abs=0.1)
+
+
+def text_loss(trainer: AnswersTrainer, model: RSVLM, features: tuple, texts: list[Text]) -> float:
+    """Mean cross-entropy of the tokens of texts about one image."""
+    packed = pack([texts], trainer.tokenizer, trainer.questions, 1.0)
+    with torch.inference_mode():
+        hidden = packed_hidden(model, model.fuse(*features), packed, torch.zeros(1, dtype=torch.long))
+        wanted = packed.target[packed.target != IGNORE]
+        return float(F.cross_entropy(model.decoder.logits(hidden[packed.target != IGNORE]), wanted))
 
 
 def test_a_logistic_fit_recovers_a_known_one() -> None:
