@@ -28,7 +28,9 @@ from rs_tools.results import (
     VqaResult,
 )
 
-Image = Annotated[str, Field(description="Path as list_images gives it, or an https address on an allowed host")]
+Image = Annotated[
+    str, Field(description="Path as list_images gives it, https address on an allowed host, or handle of an upload")
+]
 Region = Annotated[
     list[float],
     Field(default_factory=list, description="[x1, y1, x2, y2] in pixels, such as a bbox_px; empty: the whole image"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hmac
 import http.server
 import json
 import threading
@@ -68,6 +69,11 @@ class Publisher(http.server.BaseHTTPRequestHandler):
 def _published(kid: str, key: Any) -> dict[str, Any]:
     kind = jwt.algorithms.RSAAlgorithm if isinstance(key, rsa.RSAPrivateKey) else jwt.algorithms.ECAlgorithm
     return {**kind.to_jwk(key.public_key(), as_dict=True), "kid": kid, "use": "sig"}
+
+
+def _encoded(part: dict[str, Any] | bytes) -> str:
+    data = part if isinstance(part, bytes) else json.dumps(part).encode()
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
 @pytest.fixture(scope="module")
@@ -147,13 +153,14 @@ def test_a_token_without_the_scope_is_told_which_one_it_lacks(service: Service, 
 def test_a_token_that_the_issuer_did_not_sign_is_refused(service: Service, issuer: AuthorizationServer) -> None:
     forged = issuer.token(key=ec.generate_private_key(ec.SECP256R1()))
     unsigned = issuer.token(key="", algorithm="none")
-    public = issuer.keys["ec"].public_key().public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    )  # known to everyone: never to be taken for a secret shared with the issuer
-    confused = issuer.token(key=public, algorithm="HS256")
     head, claims, signature = issuer.token().split(".")
     changed = json.loads(base64.urlsafe_b64decode(claims + "==")) | {"sub": "mallory"}
-    tampered = ".".join((head, base64.urlsafe_b64encode(json.dumps(changed).encode()).decode().rstrip("="), signature))
+    tampered = f"{head}.{_encoded(changed)}.{signature}"
+    public = issuer.keys["ec"].public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )  # known to everyone: never to be taken for a secret shared with the issuer
+    said = f"{_encoded({'alg': 'HS256', 'kid': 'ec'})}.{claims}"
+    confused = f"{said}.{_encoded(hmac.digest(public, said.encode(), 'sha256'))}"
     for token in (forged, unsigned, confused, tampered, f"{head}.{claims}.", "a.b.c", "no-jwt-at-all"):
         assert service.post(token=token).status_code == 401, token
 

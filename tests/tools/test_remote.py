@@ -16,6 +16,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from mcp import Client
 from rasters import UTM, ScriptedClient, noise, write
 
 import mcp_server
@@ -352,6 +353,17 @@ def test_each_redirect_is_checked_as_the_first_address_was(
     server.behave["/moved.tif"] = redirect(to)
     with pytest.raises(AccessError, match=reason):
         policy.resolve(url("moved.tif"))
+    assert {address for address, _ in dial.asked} == {PUBLIC}
+
+
+async def test_a_redirect_that_leads_elsewhere_is_refused_over_mcp(
+    policy: AccessPolicy, server: Server, dial: ToServer
+) -> None:
+    server.behave["/moved.tif"] = redirect("https://169.254.169.254/latest/meta-data")
+    async with Client(mcp_server.build_server(policy)) as client:
+        refused = await client.call_tool("inspect_image", {"image": url("moved.tif")})
+    assert refused.is_error
+    assert "not allowed" in refused.model_dump_json()
     assert {address for address, _ in dial.asked} == {PUBLIC}
 
 
