@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict, get_args
 
 import numpy as np
 import torch
@@ -17,14 +21,19 @@ from torch.nn import functional as F
 
 from model_server.checkpoints.store import WeightsError, load_checkpoint
 from model_server.dense_perceiver import DensePerceiver
+from model_server.feature_cache import ByteCache
+from model_server.memory_plan import MemoryPlan, free_memory
 from model_server.model.attention import Backend
 from model_server.model.experts import ROUTES, route
-from model_server.model.generate import Hypothesis, beam_search
-from model_server.model.rsvlm import Features
+from model_server.model.generate import Hypothesis
+from model_server.model.packed import can_pack, pack
+from model_server.model.seen import Seen, prefixes, see
+from model_server.model.slots import Lane, Prefix, prefill
 from model_server.model.vision import square
 from model_server.protocol import (
     ModelInfo,
     PerceiveRequest,
+    Priority,
     RankedAnswer,
     Task,
     TaskNotServed,
@@ -34,6 +43,7 @@ from model_server.protocol import (
     TileVqa,
 )
 from model_server.query import Query
+from model_server.sentences import Sentences
 from model_server.text.agreement import most_agreed
 from model_server.text.answers import answer_kind
 from model_server.text.names import readable
@@ -48,8 +58,29 @@ DENSE: dict[Task, str] = {"ground": "region", "segment": "pixel", "detect_change
 CAPTION_BEAMS, CAPTION_TOKENS, CAPTION_LENGTH_POWER = 3, 40, 0.3
 ANSWER_BEAMS, ANSWER_TOKENS = 5, 16
 SURE = 0.8  # what a full description names
+TOGETHER = 16  # images that `answer` takes in at a time
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 
-__all__ = ["DEFAULT_WEIGHTS", "Perceiver", "Query", "WeightsError"]
+__all__ = ["DEFAULT_WEIGHTS", "Perceiver", "Query", "WeightsError", "Writing"]
+
+
+class LaneShape(TypedDict):
+    """Arguments of `Lane` that depend on what is written."""
+
+    views: int
+    prompt: int
+    beams: int
+    steps: int
+    length_power: float
+
+
+@dataclass(eq=False)
+class Writing:
+    """An answer in words that is being written."""
+
+    query: Query
+    pooled: Tensor  # [1, head] of its image
+    lane: Lane
 
 
 class Perceiver:
@@ -61,10 +92,15 @@ class Perceiver:
         self.tokenizer, self.sentence_tokenizer = loaded.tokenizer, loaded.sentence_tokenizer
         self.calibration = loaded.calibration
         self.device = torch.device(device)
+        self.sentences = Sentences(self.model, self.sentence_tokenizer)
         self.dense: DensePerceiver | None = None
+        if can_pack(self.device):
+            pack(self.model.backbone.blocks)
+            if loaded.dense is not None:
+                pack(loaded.dense.blocks)
         if loaded.dense is not None:
             self.dense = DensePerceiver(
-                self.model.backbone, loaded.dense, loaded.dense_calibration, self._phrase_vectors, self.device
+                self.model.backbone, loaded.dense, loaded.dense_calibration, self.sentences.vectors, self.device
             )
         self.tasks: tuple[Task, ...] = (*WORDS, *DENSE) if self.dense else WORDS
         self.info = ModelInfo(
@@ -78,6 +114,38 @@ class Perceiver:
         self.taxonomy = tuple(name for name in self.config.labels if name not in merged)
         self._banned = torch.zeros(self.config.decoder.vocab_size, dtype=torch.bool, device=self.device)
         self._banned[[self.tokenizer.pad, *self.tokenizer.tasks.values()]] = True
+        self.plan = self._plan(weights)
+        self.cache: ByteCache[Seen] = ByteCache(self.plan.cache)
+        self._salt = f"{loaded.digest} {self.config.image_size}"
+        self._lanes: dict[tuple[Task, Priority], Lane] = {
+            (task, priority): Lane(
+                self.model, sequences=self.plan.sequences, banned=self._banned, end=self.tokenizer.end, **shape
+            )
+            for task, shape in self._lane_shapes.items()
+            for priority in PRIORITIES
+        }
+
+    @property
+    def _lane_shapes(self) -> dict[Task, LaneShape]:
+        """How each kind of answer is written. A caption is the same whichever way the image is turned, so it is read
+        off all views; the places in an answer are not."""
+        visual = self.model.visual_tokens
+        caption = LaneShape(
+            views=self.config.views, prompt=visual + 1, beams=CAPTION_BEAMS, steps=CAPTION_TOKENS,
+            length_power=CAPTION_LENGTH_POWER,
+        )  # fmt: skip
+        vqa = LaneShape(
+            views=1, prompt=visual + self.config.sentence.max_tokens + 2, beams=ANSWER_BEAMS, steps=ANSWER_TOKENS,
+            length_power=0.0,
+        )  # fmt: skip
+        return {"caption": caption, "vqa": vqa}
+
+    def _plan(self, weights: Path) -> MemoryPlan:
+        held = sum(file.stat().st_size for file in weights.glob("*.safetensors"))
+        sequence = sum(
+            Lane.nbytes(self.model, s["views"], s["prompt"], s["beams"], s["steps"]) for s in self._lane_shapes.values()
+        )
+        return MemoryPlan.of(free_memory(), 2 * held, sequence, len(PRIORITIES))  # half precision on disk
 
     @classmethod
     def load(cls, weights: Path = DEFAULT_WEIGHTS, device: str = "cpu") -> Perceiver:
@@ -109,42 +177,153 @@ class Perceiver:
 
     @torch.inference_mode()
     def answer(self, queries: Sequence[Query]) -> list[TileAnswer]:
-        """Answer a mixed batch, in order. Images are encoded together, then each kind of answer in one pass.
-
-        Queries that hold the same array encode it once, apart for words and for boxes, masks and change.
+        """Answer a mixed batch, in order, as `begin` and `step` do it piece by piece.
 
         Raises:
             TaskNotServed: a query wants boxes, masks or change of a checkpoint without a dense branch.
         """
         answers: dict[int, TileAnswer] = {}
         dense = [i for i, q in enumerate(queries) if q.task in DENSE]
+        waiting = deque(i for i, q in enumerate(queries) if q.task not in DENSE)
+        writing: dict[Writing, int] = {}
+        try:
+            while dense or waiting or writing:
+                rows = dense or self._next(waiting, queries)
+                dense = []
+                for i, outcome in zip(rows, self.begin([queries[i] for i in rows]), strict=True):
+                    if isinstance(outcome, Writing):
+                        writing[outcome] = i
+                    else:
+                        answers[i] = outcome
+                for done, answer in self.step():
+                    answers[writing.pop(done)] = answer
+        finally:
+            for left in writing:
+                self.drop(left)
+        return [answers[i] for i in range(len(queries))]
+
+    def _next(self, waiting: deque[int], queries: Sequence[Query]) -> list[int]:
+        """Rows taken from `waiting` for which there is room now."""
+        rows: list[int] = []
+        room = {task: self.room(task) for task in WORDS}
+        while waiting and len(rows) < TOGETHER and room[queries[waiting[0]].task] > 0:
+            room[queries[waiting[0]].task] -= 1
+            rows.append(waiting.popleft())
+        return rows
+
+    def room(self, task: Task, priority: Priority = "interactive") -> int:
+        """How many queries of a task may begin now."""
+        lane = self._lanes.get((task, priority))
+        return TOGETHER if lane is None else lane.free
+
+    def fresh(self, query: Query) -> bool:
+        """Whether its image must be encoded first; images of boxes, masks and change count as such always."""
+        return query.task in DENSE or self._key(query) not in self.cache
+
+    @torch.inference_mode()
+    def begin(self, queries: Sequence[Query], priority: Priority = "interactive") -> list[TileAnswer | Writing]:
+        """Take a mixed batch in: what needs no writing is answered at once, the rest goes on with every `step`.
+
+        Queries on one image encode it once, apart for words and for boxes, masks and change. When it raises, nothing of
+        the batch is left behind.
+
+        Raises:
+            TaskNotServed: a query wants boxes, masks or change of a checkpoint without a dense branch.
+            IndexError: more captions or answers than there is `room` for.
+        """
+        outcomes: dict[int, TileAnswer | Writing] = {}
+        dense = [i for i, q in enumerate(queries) if q.task in DENSE]
         if dense:
             if self.dense is None:
                 raise TaskNotServed(queries[dense[0]].task, self.info.model, self.tasks)
-            answers.update(zip(dense, self.dense.answer([queries[i] for i in dense]), strict=True))
+            outcomes.update(zip(dense, self.dense.answer([queries[i] for i in dense]), strict=True))
         words = [i for i, q in enumerate(queries) if q.task not in DENSE]
-        answers.update(zip(words, self._say([queries[i] for i in words]), strict=True))
-        return [answers[i] for i in range(len(queries))]
+        outcomes.update(zip(words, self._begin_words([queries[i] for i in words], priority), strict=True))
+        return [outcomes[i] for i in range(len(queries))]
 
-    def _say(self, queries: Sequence[Query]) -> list[TileCaption | TileVqa | TileClasses]:
+    @torch.inference_mode()
+    def step(self, priority: Priority = "interactive") -> list[tuple[Writing, TileAnswer]]:
+        """One more token of everything that is written at this priority; the answers that are complete with it."""
+        done = []
+        for (_, of), lane in self._lanes.items():
+            if of == priority and len(lane):
+                for writing, hypotheses in lane.step().items():
+                    assert isinstance(writing, Writing)
+                    done.append((writing, self._said(writing, hypotheses)))
+        return done
+
+    def writing(self, priority: Priority = "interactive") -> int:
+        """Sequences that are being written."""
+        return sum(len(lane) for (_, of), lane in self._lanes.items() if of == priority)
+
+    def drop(self, writing: Writing) -> None:
+        """Nobody wants it any more: its places are free at once."""
+        writing.lane.drop(writing)
+
+    def free_memory(self) -> None:
+        """Forget all that is kept of images."""
+        self.cache.clear()
+
+    def _begin_words(self, queries: Sequence[Query], priority: Priority) -> list[TileAnswer | Writing]:
         if not queries:
             return []
-        images = {id(q.image): q.image for q in queries}
-        place = {key: row for row, key in enumerate(images)}
-        # A caption is the same whichever way the image is turned, so it is read off all views; the places in an answer
-        # are not.
-        turned = any(q.task == "caption" for q in queries)
-        features = self.model.encode(self._pixels(list(images.values())), turned)
-        answers: list[TileCaption | TileVqa | TileClasses | None] = [None] * len(queries)
-        for task, serve in (("caption", self._captions), ("vqa", self._answers), ("classify", self._classes)):
-            rows = [i for i, q in enumerate(queries) if q.task == task]
-            if rows:
-                at = torch.tensor([place[id(queries[i].image)] for i in rows], device=self.device)
-                views = self.config.views if task == "caption" else 1
-                group = features.rows(torch.cat([at + v * len(images) for v in range(views)]))
-                for i, answer in zip(rows, serve(group, [queries[i] for i in rows]), strict=True):
-                    answers[i] = answer
-        return [a for a in answers if a is not None]
+        seen = self._see(queries)
+        outcomes: dict[int, TileAnswer | Writing] = {}
+        labelled: dict[tuple[str, ...], list[int]] = defaultdict(list)
+        for i, query in enumerate(queries):
+            if query.task == "classify":
+                labelled[query.labels].append(i)
+        for labels, rows in labelled.items():
+            outcomes.update(zip(rows, self._classes(torch.cat([seen[i].pooled for i in rows]), labels), strict=True))
+        with ExitStack() as undo:
+            for task in ("caption", "vqa"):
+                rows = [i for i, q in enumerate(queries) if q.task == task]
+                if rows:
+                    begun = self._write(task, [queries[i] for i in rows], [seen[i] for i in rows], priority, undo)
+                    outcomes.update(zip(rows, begun, strict=True))
+            undo.pop_all()
+        for query, one in zip(queries, seen, strict=True):
+            self.cache.put(self._key(query), one, one.nbytes)  # again: it has grown by what was made of it
+        return [outcomes[i] for i in range(len(queries))]
+
+    def _key(self, query: Query) -> Hashable:
+        return self._salt, query.digest
+
+    def _see(self, queries: Sequence[Query]) -> list[Seen]:
+        """What is known of each query's image, encoded where nothing is."""
+        known: dict[Hashable, Seen] = {}
+        missing: dict[Hashable, np.ndarray] = {}
+        for query in queries:
+            key = self._key(query)
+            if key not in known and key not in missing:
+                found = self.cache.get(key)
+                if found is None:
+                    missing[key] = query.image
+                else:
+                    known[key] = found
+        if missing:
+            known.update(zip(missing, see(self.model, self._pixels(list(missing.values()))), strict=True))
+        return [known[self._key(query)] for query in queries]
+
+    def _write(self, task: Task, queries: Sequence[Query], seen: Sequence[Seen], priority: Priority,
+               undo: ExitStack) -> list[TileAnswer | Writing]:  # fmt: skip
+        """Prefill captions or answers to questions, and give them their places."""
+        lane = self._lanes[task, priority]
+        token = TASK_TOKEN[task]
+        expert = route(token, self.config.decoder.experts)
+        prefix = Prefix.joined(prefixes(self.model, seen, lane.views, expert))
+        questions = self.sentences.questions([q.text for q in queries]) if task == "vqa" else None
+        prompt = prefill(self.model, prefix, self.tokenizer.tasks[token], questions)
+        begun = [Writing(query, one.pooled, lane) for query, one in zip(queries, seen, strict=True)]
+        for writing in begun:
+            undo.callback(self.drop, writing)
+        ended = lane.join(begun, prompt)
+        return [self._said(w, ended[w]) if w in ended else w for w in begun]
+
+    def _said(self, writing: Writing, hypotheses: Sequence[Hypothesis]) -> TileAnswer:
+        if writing.query.task == "vqa":
+            return self._vqa(hypotheses)
+        return self._caption(writing, hypotheses)
 
     @torch.inference_mode()
     def image_features(self, images: Sequence[np.ndarray]) -> np.ndarray:
@@ -162,8 +341,7 @@ class Perceiver:
     @torch.inference_mode()
     def text_vectors(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [N, E] unit rows of the contrastive head."""
-        ids, mask = self._sentence_ids(texts)
-        return self.model.heads.sentence_vectors(self.model.sentence(ids, mask)[1]).cpu().numpy()
+        return self.model.heads.sentence_vectors(self.sentences.vectors(texts)).cpu().numpy()
 
     def prompt_tokens(self, request: PerceiveRequest, images: int) -> int:
         """Length of the sequences that the decoder reads before it answers: of each image its visual tokens (of a
@@ -183,34 +361,13 @@ class Perceiver:
     def _pixels(self, images: Sequence[np.ndarray]) -> Tensor:
         return torch.stack([square(image, self.config.image_size) for image in images]).to(self.device)
 
-    def _decode(self, features: Features, task: Task, questions: Sequence[str], beams: int, steps: int,
-                length_power: float, views: int = 1) -> list[list[Hypothesis]]:  # fmt: skip
-        n = len(features.visual)
-        token, expert = TASK_TOKEN[task], route(TASK_TOKEN[task], self.config.decoder.experts)
-        read = None
-        if questions:
-            ids, mask = self._sentence_ids(questions)
-            read = self.model.read_questions(ids, mask)
-        tasks = torch.full((n,), self.tokenizer.tasks[token], device=self.device)
-        logits, state = self.model.prefill(features, tasks, read, torch.full((n,), expert), steps, views)
-        return beam_search(
-            self.model, logits, state, beams=beams, steps=steps, end=self.tokenizer.end, banned=self._banned,
-            length_power=length_power,
-        )  # fmt: skip
-
-    def _captions(self, features: Features, queries: Sequence[Query]) -> list[TileCaption]:
-        found = self._decode(
-            features, "caption", (), CAPTION_BEAMS, CAPTION_TOKENS, CAPTION_LENGTH_POWER, self.config.views
-        )
-        out = []
-        for i, (query, hypotheses) in enumerate(zip(queries, found, strict=True)):
-            said = [self.tokenizer.decode(h.ids) for h in hypotheses]
-            best = most_agreed(said, [h.logprob for h in hypotheses])
-            text = sentence(said[best])
-            if query.detail == "full":
-                text = " ".join([text, *self._findings(features.pooled[i : i + 1])])
-            out.append(TileCaption(caption=text, confidence=self.calibration.caption(hypotheses[best].score(1.0))))
-        return out
+    def _caption(self, writing: Writing, hypotheses: Sequence[Hypothesis]) -> TileCaption:
+        said = [self.tokenizer.decode(h.ids) for h in hypotheses]
+        best = most_agreed(said, [h.logprob for h in hypotheses])
+        text = sentence(said[best])
+        if writing.query.detail == "full":
+            text = " ".join([text, *self._findings(writing.pooled)])
+        return TileCaption(caption=text, confidence=self.calibration.caption(hypotheses[best].score(1.0)))
 
     def _findings(self, pooled: Tensor) -> list[str]:
         """Sentences on the scene and the objects that the heads are sure of."""
@@ -220,10 +377,6 @@ class Perceiver:
         objects = [name for name, p in zip(self.config.objects, seen, strict=True) if p >= SURE]
         out = [f"The scene looks like {self.taxonomy[best]}."] if scores[best] >= SURE else []
         return [*out, f"Visible: {', '.join(objects)}."] if objects else out
-
-    def _answers(self, features: Features, queries: Sequence[Query]) -> list[TileVqa]:
-        found = self._decode(features, "vqa", [q.text for q in queries], ANSWER_BEAMS, ANSWER_TOKENS, 0.0)
-        return [self._vqa(hypotheses) for hypotheses in found]
 
     def _vqa(self, hypotheses: Sequence[Hypothesis]) -> TileVqa:
         said = list({self.tokenizer.decode(h.ids): h.logprob for h in reversed(hypotheses)}.items())[::-1]
@@ -258,36 +411,23 @@ class Perceiver:
             alternatives=[RankedAnswer(answer=other, confidence=1 - confidence)],
         )
 
-    def _classes(self, features: Features, queries: Sequence[Query]) -> list[TileClasses]:
-        out = []
-        for i, query in enumerate(queries):
-            labels = query.labels or self.taxonomy
-            scores = self._label_scores(features.pooled[i : i + 1], labels, merge=not query.labels)[0]
-            out.append(TileClasses(labels=list(labels), scores=scores))
-        return out
+    def _classes(self, pooled: Tensor, labels: tuple[str, ...]) -> list[TileClasses]:
+        """Each row of pooled [B, head] over one list of labels; none = the taxonomy."""
+        scores = self._label_scores(pooled, labels or self.taxonomy, merge=not labels)
+        return [TileClasses(labels=list(labels or self.taxonomy), scores=row) for row in scores]
 
     def _label_scores(self, pooled: Tensor, labels: Sequence[str], merge: bool = True) -> list[list[float]]:
         """Probabilities [B, N] over a list of labels; `merge` adds what near-synonyms of the taxonomy got."""
         merged = dict(self.config.merged_labels) if merge else {}
         names = [*labels, *merged]
-        ids, mask = self._sentence_ids(names)
         row = {name: i for i, name in enumerate(self.config.labels)}
         known = torch.tensor([row.get(readable(name), -1) for name in names], device=self.device)
-        logits = self.model.heads.label_logits(pooled, self.model.sentence(ids, mask)[1], known)
+        logits = self.model.heads.label_logits(pooled, self.sentences.vectors(names), known)
         probabilities = (logits / self.calibration.label_temperature).softmax(-1)
         out = probabilities[:, : len(labels)].clone()
         for i, name in enumerate(merged, start=len(labels)):
             out[:, list(labels).index(merged[name])] += probabilities[:, i]
         return out.tolist()
-
-    def _phrase_vectors(self, phrases: Sequence[str]) -> Tensor:
-        """Unit sentence vectors [N, S]."""
-        return self.model.sentence(*self._sentence_ids(phrases))[1]
-
-    def _sentence_ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        encoded = self.sentence_tokenizer.encode_batch([readable(t) for t in texts])
-        ids = torch.tensor([e.ids for e in encoded], device=self.device)
-        return ids, torch.tensor([e.attention_mask for e in encoded], device=self.device).bool()
 
 
 def sentence(text: str) -> str:

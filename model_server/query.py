@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
+from model_server.feature_cache import image_key
 from model_server.protocol import Modality, Task
 
 
@@ -25,3 +27,8 @@ class Query:
     after: np.ndarray | None = None
     gsd_m: float | None = None
     modality: Modality = "optical"
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Of the image's pixels and shape: queries with the same one ask about the same tile."""
+        return image_key(self.image)

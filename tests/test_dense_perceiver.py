@@ -268,7 +268,7 @@ class TestWords:
     @pytest.fixture(scope="class")
     @classmethod
     def phrases(cls) -> KnownPhrases:
-        return KnownPhrases(Perceiver.load(DEFAULT_WEIGHTS)._phrase_vectors)
+        return KnownPhrases(Perceiver.load(DEFAULT_WEIGHTS).sentences.vectors)
 
     def test_words_that_no_training_used_are_known(self, phrases: KnownPhrases) -> None:
         read = phrases.read(every_phrase(held_out=True))

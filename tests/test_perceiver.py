@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from model_server.calibration import Calibration, Logistic
-from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver, Query, WeightsError
-from model_server.protocol import TileCaption, TileClasses, TileVqa
+from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver, Query, WeightsError, Writing
+from model_server.protocol import TileAnswer, TileCaption, TileClasses, TileVqa
 from model_server.text.answers import answer_kind
 
 ROOT = Path(__file__).parents[1]
@@ -36,28 +36,140 @@ def test_a_mixed_batch_answers_each_query_as_it_would_alone(perceiver: Perceiver
     together = perceiver.answer(queries)
     assert [type(a) for a in together] == [TileCaption, TileVqa, TileClasses, TileVqa, TileClasses]
     for query, answer in zip(queries, together, strict=True):
-        alone = perceiver.answer([query])[0]
-        if isinstance(answer, TileClasses):
-            assert isinstance(alone, TileClasses)
-            assert answer.labels == alone.labels
-            np.testing.assert_allclose(answer.scores, alone.scores, atol=1e-4)
-        elif isinstance(answer, TileCaption):
-            assert isinstance(alone, TileCaption)
-            assert answer.caption == alone.caption
-        else:
-            assert isinstance(answer, TileVqa)
-            assert isinstance(alone, TileVqa)
-            assert answer.answer == alone.answer
-            assert answer.confidence == pytest.approx(alone.confidence, abs=1e-4)
+        perceiver.free_memory()
+        assert_same(answer, perceiver.answer([query])[0])
 
 
-def test_queries_on_one_array_share_its_encoding(perceiver: Perceiver, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoded: list[int] = []
-    encode = perceiver.model.encode
-    monkeypatch.setattr(perceiver.model, "encode", lambda x, turned: encoded.append(len(x)) or encode(x, turned))
-    image = picture(5)
+def assert_same(answer: TileAnswer, expected: TileAnswer) -> None:
+    """Words alike, numbers alike up to rounding."""
+    if isinstance(answer, TileClasses):
+        assert isinstance(expected, TileClasses)
+        assert answer.labels == expected.labels
+        np.testing.assert_allclose(answer.scores, expected.scores, atol=1e-4)
+    elif isinstance(answer, TileCaption):
+        assert isinstance(expected, TileCaption)
+        assert answer.caption == expected.caption
+        assert answer.confidence == pytest.approx(expected.confidence, abs=1e-4)
+    else:
+        assert isinstance(answer, TileVqa)
+        assert isinstance(expected, TileVqa)
+        assert answer.answer == expected.answer
+        assert answer.confidence == pytest.approx(expected.confidence, abs=1e-4)
+
+
+@pytest.fixture
+def encoded(perceiver: Perceiver, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Images in each pass of the encoder, views counted."""
+    passes: list[int] = []
+    forward = perceiver.model.backbone.forward
+    monkeypatch.setattr(perceiver.model.backbone, "forward", lambda x: passes.append(len(x)) or forward(x))
+    perceiver.free_memory()
+    return passes
+
+
+def test_queries_on_one_image_share_its_encoding_within_a_batch_and_over_batches(
+    perceiver: Perceiver, encoded: list[int]
+) -> None:
+    image, views = picture(5), perceiver.config.views
     perceiver.answer([Query("caption", image), Query("classify", image), Query("classify", picture(6))])
-    assert encoded == [2]
+    assert encoded == [2 * views]
+    perceiver.answer([Query("vqa", image.copy(), text="Is there a ship?"), Query("caption", picture(6))])
+    assert encoded == [2 * views]
+    assert (perceiver.cache.hits, len(perceiver.cache)) == (2, 2)
+
+
+def test_an_answer_about_an_image_that_is_known_already_is_the_one_given_without_the_cache(
+    perceiver: Perceiver, encoded: list[int]
+) -> None:
+    image = picture(7)
+    asked = [
+        Query("vqa", image, text="Is there a river?"), Query("caption", image, detail="full"), Query("classify", image),
+        Query("vqa", image, text="How many of the large buildings stand near the river in this image?"),
+    ]  # fmt: skip
+    alone = []
+    for query in asked:
+        perceiver.free_memory()
+        alone += perceiver.answer([query])
+    assert len(encoded) == len(asked)
+    perceiver.free_memory()
+    for query, expected in zip(asked, alone, strict=True):
+        (cached,) = perceiver.answer([query])
+        assert_same(cached, expected)
+    assert len(encoded) == len(asked) + 1
+
+
+def test_sequences_that_join_while_others_are_written_change_nobodys_answer(perceiver: Perceiver) -> None:
+    queries = [
+        Query("vqa" if i % 3 else "caption", picture(20 + i), text=f"Is there {'a very ' * i}large ship?")
+        for i in range(9)
+    ]
+    alone = [perceiver.answer([query])[0] for query in queries]
+    answers: dict[int, TileAnswer] = {}
+    places: dict[Writing, int] = {}
+    coming = list(range(len(queries)))
+    while coming or places:
+        if coming:  # one joins before each step
+            i = coming.pop(0)
+            (outcome,) = perceiver.begin([queries[i]])
+            if isinstance(outcome, Writing):
+                places[outcome] = i
+            else:
+                answers[i] = outcome
+        for writing, answer in perceiver.step():
+            answers[places.pop(writing)] = answer
+    assert perceiver.writing() == 0
+    for i, expected in enumerate(alone):
+        assert_same(answers[i], expected)
+
+
+def test_what_is_dropped_frees_its_place_and_harms_no_other(perceiver: Perceiver) -> None:
+    kept, dropped = Query("caption", picture(31)), Query("caption", picture(32))
+    (alone,) = perceiver.answer([kept])
+    room = perceiver.room("caption")
+    first, second = perceiver.begin([dropped, kept])
+    assert isinstance(first, Writing)
+    assert isinstance(second, Writing)
+    assert perceiver.room("caption") == room - 2
+    perceiver.step()
+    perceiver.drop(first)
+    perceiver.drop(first)
+    assert perceiver.room("caption") == room - 1
+    done = []
+    while not done:
+        done = perceiver.step()
+    ((writing, answer),) = done
+    assert writing is second
+    assert_same(answer, alone)
+    assert perceiver.room("caption") == room
+
+
+def test_a_batch_that_fails_leaves_nothing_behind(perceiver: Perceiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = perceiver.room("caption")
+
+    def fail(texts: list[str]) -> None:
+        raise ZeroDivisionError("no questions today")
+
+    monkeypatch.setattr(perceiver.sentences, "questions", fail)
+    with pytest.raises(ZeroDivisionError):
+        perceiver.begin([Query("caption", picture(1)), Query("vqa", picture(1), text="why?")])
+    assert (perceiver.room("caption"), perceiver.writing()) == (room, 0)
+
+
+def test_priorities_have_places_of_their_own(perceiver: Perceiver) -> None:
+    room = perceiver.room("caption", "interactive")
+    begun = perceiver.begin([Query("caption", picture(1))], "bulk")
+    assert (perceiver.room("caption", "interactive"), perceiver.room("caption", "bulk")) == (room, room - 1)
+    for writing in begun:
+        assert isinstance(writing, Writing)
+        perceiver.drop(writing)
+
+
+def test_more_queries_than_there_are_places_are_all_answered(debug_weights: Path) -> None:
+    perceiver = Perceiver.load(debug_weights)
+    room = perceiver.room("caption")
+    answers = perceiver.answer([Query("caption", picture(i % 3)) for i in range(room + 3)])
+    assert len(answers) == room + 3
+    assert answers[0] == answers[3]
 
 
 def test_class_scores_are_probabilities_over_just_the_labels_asked_for(perceiver: Perceiver) -> None:

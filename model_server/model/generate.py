@@ -5,6 +5,8 @@ Knows token ids only, nothing of words or tasks.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +27,68 @@ class Hypothesis:
         return self.logprob / (len(self.ids) + 1) ** length_power
 
 
+Candidate = tuple[float, int, int]  # log-probability, the beam it goes on from, its token
+
+
+class Beams:
+    """The search for one answer: its live hypotheses, as many as `beams` or none, and those that have ended."""
+
+    def __init__(self, beams: int, steps: int, end: int, length_power: float) -> None:
+        self.beams, self.steps, self.end, self.length_power = beams, steps, end, length_power
+        self.parents: list[int] = []  # which beam each live one goes on from
+        self.tokens: list[int] = []
+        self.scores = [0.0]
+        self.written = 0
+        self._ids: list[tuple[int, ...]] = [()]
+        self._done: list[Hypothesis] = []
+
+    def advance(self, best: Sequence[Candidate]) -> bool:
+        """Take the best 2 * `beams` continuations, best first (enough even when half of them end); whether to go on."""
+        last = self.written == self.steps - 1
+        kept: list[Candidate] = []
+        for score, beam, token in best:
+            if score == -math.inf:
+                continue
+            said = self._ids[beam]
+            if token == self.end or last:
+                self._done.append(Hypothesis(said if token == self.end else (*said, token), score))
+            elif len(kept) < self.beams:
+                kept.append((score, beam, token))
+            if len(kept) == self.beams:
+                break
+        self.written += 1
+        if not kept or self._settled(kept[0][0]):
+            return False
+        kept += [(-math.inf, *kept[0][1:])] * (self.beams - len(kept))  # too few candidates: repeat with no chance
+        self.scores = [score for score, _, _ in kept]
+        self.parents = [beam for _, beam, _ in kept]
+        self.tokens = [token for _, _, token in kept]
+        self._ids = [(*self._ids[beam], token) for _, beam, token in kept]
+        return True
+
+    def best(self) -> list[Hypothesis]:
+        """What has ended, best first, at most `beams`."""
+        return sorted(self._done, key=lambda h: -h.score(self.length_power))[: self.beams]
+
+    def _settled(self, best_live: float) -> bool:
+        """Whether the search may stop: enough answers ended, and all beat the best that is still being written."""
+        if len(self._done) < self.beams:
+            return False
+        worst = sorted((h.score(self.length_power) for h in self._done), reverse=True)[self.beams - 1]
+        return worst >= best_live / (self.written + 1) ** self.length_power
+
+
+def continuations(logits: Tensor, scores: Tensor, banned: Tensor, beams: int) -> list[list[Candidate]]:
+    """The best 2 * `beams` of each sequence, best first: logits [n, K, V] behind its K hypotheses, scores [n, K]."""
+    v = logits.shape[-1]
+    logp = logits.float().masked_fill(banned, -torch.inf).log_softmax(-1)
+    best, flat = (scores[..., None] + logp).flatten(1).topk(2 * beams, -1)  # of [n, K * V]
+    return [
+        [(score, place // v, place % v) for score, place in zip(*row, strict=True)]
+        for row in zip(best.tolist(), flat.tolist(), strict=True)
+    ]
+
+
 @torch.no_grad()
 def beam_search(model: RSVLM, logits: Tensor, state: DecodeState, *, beams: int, steps: int, end: int,
                 banned: Tensor, length_power: float = 0.7) -> list[list[Hypothesis]]:  # fmt: skip
@@ -33,64 +97,21 @@ def beam_search(model: RSVLM, logits: Tensor, state: DecodeState, *, beams: int,
     logits [B, V] are those of the first token; banned: bool [V], tokens that are never said. An answer that has not
     ended after `steps` tokens counts as ended.
     """
-    b, v = logits.shape
     device = logits.device
-    scores = torch.full((b, beams), -torch.inf, device=device)
-    scores[:, 0] = 0.0
-    done: list[list[Hypothesis]] = [[] for _ in range(b)]
-    ids = torch.zeros(b, beams, 0, dtype=torch.long, device=device)
-    live = list(range(b))  # which sequence each group of `beams` rows belongs to
-    state.select(torch.arange(b, device=device).repeat_interleave(beams))
-    logits = logits.repeat_interleave(beams, 0)
-    for t in range(steps):
-        n = len(live)
-        logp = logits.float().masked_fill(banned, -torch.inf).log_softmax(-1).view(n, beams, v)
-        total = (scores[..., None] + logp).flatten(1)  # [n, beams * V]
-        best, flat = total.topk(2 * beams, -1)  # enough even when half of them end
-        from_beam, token = flat // v, flat % v
-        keep_rows, keep_tokens, next_scores, next_ids, next_live = [], [], [], [], []
-        last = t == steps - 1
-        for i, sequence in enumerate(live):
-            rows, tokens, kept = [], [], []
-            for s, f, w in zip(best[i].tolist(), from_beam[i].tolist(), token[i].tolist(), strict=True):
-                if s == -float("inf"):
-                    continue
-                said = tuple(ids[i, f].tolist())
-                if w == end or last:
-                    done[sequence].append(Hypothesis(said if w == end else (*said, w), s))
-                elif len(rows) < beams:
-                    rows.append(f)
-                    tokens.append(w)
-                    kept.append(s)
-                if len(rows) == beams:
-                    break
-            if not rows or _settled(done[sequence], kept[0], t + 1, beams, length_power):
-                continue
-            while len(rows) < beams:  # fewer live candidates than beams: repeat with no chance
-                rows.append(rows[0])
-                tokens.append(tokens[0])
-                kept.append(-float("inf"))
-            keep_rows += [i * beams + f for f in rows]
-            keep_tokens += tokens
-            next_scores.append(kept)
-            next_ids.append(torch.cat((ids[i, rows], torch.tensor(tokens, device=device)[:, None]), 1))
-            next_live.append(sequence)
-        if not next_live:
-            break
-        live = next_live
-        state.select(torch.tensor(keep_rows, device=device))
-        scores = torch.tensor(next_scores, device=device)
-        ids = torch.stack(next_ids)
-        logits = model.step(torch.tensor(keep_tokens, device=device), state)
-    return [sorted(d, key=lambda h: -h.score(length_power))[:beams] for d in done]
-
-
-def _settled(done: list[Hypothesis], best_live: float, length: int, beams: int, power: float) -> bool:
-    """Whether the search may stop: enough answers ended, and all beat the best that is still being written."""
-    if len(done) < beams:
-        return False
-    worst = sorted((h.score(power) for h in done), reverse=True)[beams - 1]
-    return worst >= best_live / (length + 1) ** power
+    searches = [Beams(beams, steps, end, length_power) for _ in range(len(logits))]
+    live, width = searches, 1  # hypotheses of each live sequence: one at first, then `beams`
+    logits = logits[:, None]
+    while True:
+        scores = torch.tensor([search.scores for search in live], device=device)
+        found = continuations(logits, scores, banned, beams)
+        going = [i for i, search in enumerate(live) if search.advance(found[i])]
+        if not going:
+            return [search.best() for search in searches]
+        rows = [i * width + beam for i in going for beam in live[i].parents]
+        live, width = [live[i] for i in going], beams
+        state.select(torch.tensor(rows, device=device))
+        tokens = torch.tensor([token for search in live for token in search.tokens], device=device)
+        logits = model.step(tokens, state).view(len(live), beams, -1)
 
 
 @torch.no_grad()

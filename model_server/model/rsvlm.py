@@ -147,9 +147,14 @@ class RSVLM(nn.Module):
                 if canvas is not None:
                     canvas = torch.cat([canvas, *(turn(canvas) for turn in TURNS[: views - 1])])
         features = self.fuse(maps, pooled, anchors)
+        self.add_details(features, maps, shown, canvas)
+        return features
+
+    def add_details(self, features: Features, maps: dict[int, Tensor], shown: Tensor,
+                    canvas: Tensor | None = None) -> None:  # fmt: skip
+        """Give features their detail stacks, where the config has them; `maps` are of the images `shown`."""
         if self.detail is not None:
             features.stacks = self.detail(self._detail_maps(maps, shown, canvas))
-        return features
 
     def _detail_maps(self, maps: dict[int, Tensor], images: Tensor, canvas: Tensor | None) -> dict[int, Tensor]:
         """Maps of the canvas, which without a detail view is the image itself."""

@@ -1,0 +1,79 @@
+"""The encoder's convolutions as oneDNN runs them fastest on a CPU: weights laid out once, ReLU6 and residual fused in.
+
+A plain convolution brings its weights into the kernel's own layout at every call, and writes and reads its output once
+more for ReLU6 and once more for the residual. Both are done here when the model is loaded, or inside the kernel. The
+function is the same up to rounding; the result can neither be trained nor saved.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model_server.model.vision import ConvNorm, InvertedResidual
+
+_HINT = 64  # height and width that layouts are chosen for; other sizes work too
+
+
+def can_pack(device: torch.device) -> bool:
+    """Whether this build of PyTorch has the fused kernels, and for this device."""
+    return (
+        device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    )
+
+
+class PackedConv(nn.Module):
+    """A folded `ConvNorm`, with ReLU6 behind it where `relu6`, or a tensor added to it."""
+
+    def __init__(self, layer: ConvNorm, relu6: bool) -> None:
+        super().__init__()
+        conv = layer.conv
+        if layer.norm is not None or conv.bias is None:
+            raise ValueError("only a folded convolution can be packed; call `fold_norms` first")
+        self.kernel, self.stride, self.groups = conv.kernel_size[0], conv.stride[0], conv.groups
+        self.padding = [0, 0] if self.stride != 1 else [self.kernel // 2] * 2  # stride 2 pads in `forward`
+        hint = [1, conv.in_channels, _HINT, _HINT]
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(
+            conv.weight.detach().contiguous(memory_format=torch.channels_last),
+            self.padding, [self.stride] * 2, [1, 1], self.groups, hint,
+        )  # fmt: skip
+        self.bias = conv.bias.detach()
+        self.after, self.limits = ("hardtanh", [0.0, 6.0]) if relu6 else ("none", [])
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """As the layer; `add` is of the output's shape."""
+        if self.stride != 1:  # TensorFlow's SAME, see `SameConv`
+            pads = [max((-(-n // self.stride) - 1) * self.stride + self.kernel - n, 0) for n in x.shape[-2:]]
+            top, left = pads[0] // 2, pads[1] // 2
+            x = F.pad(x, (left, pads[1] - left, top, pads[0] - top))
+        where = (self.weight, self.bias, self.padding, [self.stride] * 2, [1, 1], self.groups)
+        if add is None:
+            return torch.ops.mkldnn._convolution_pointwise(x, *where, self.after, self.limits, "")
+        return torch.ops.mkldnn._convolution_pointwise.binary(x, add, *where, "add", None, None, [], None)
+
+
+class PackedResidual(nn.Module):
+    """What an `InvertedResidual` computes."""
+
+    def __init__(self, block: InvertedResidual) -> None:
+        super().__init__()
+        self.expand = None if block.expand is None else PackedConv(block.expand, relu6=True)
+        self.depthwise = PackedConv(block.depthwise, relu6=True)
+        self.project = PackedConv(block.project, relu6=False)
+        self.residual = block.residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x if self.expand is None else self.expand(x)
+        y = self.depthwise(y)
+        return self.project(y, x) if self.residual else self.project(y)
+
+
+@torch.no_grad()
+def pack(blocks: nn.ModuleList) -> None:
+    """Replace every `InvertedResidual` of a list, whose norms are folded, in place."""
+    for i, block in enumerate(blocks):
+        if isinstance(block, InvertedResidual):
+            blocks[i] = PackedResidual(block)
