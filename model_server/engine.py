@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -44,9 +44,12 @@ if TYPE_CHECKING:  # the model brings torch, which takes seconds to import: only
 
 logger = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+
 MAX_BATCH = 16
 DENSE_COST = 4  # places in a batch of a tile whose pixels are answered: it takes about so many times as long
 MAX_WAITING = 2 * MAX_TILES
+MAX_CALLS = 32  # of `Engine.call` at a time
 
 
 class EngineError(Exception):
@@ -130,6 +133,7 @@ class Engine:
         self._closing = False
         self._dispatcher: asyncio.Task[None] | None = None
         self._seconds_per_tile = 0.1
+        self._calls = 0
 
     async def start(self) -> None:
         """Load the model and begin to answer. Raises what `load` raises."""
@@ -233,21 +237,47 @@ class Engine:
         self.stats.answer_s[job.priority].add(elapsed_s)
         return _response(perceiver, job, elapsed_s)
 
+    async def call(self, work: Callable[[Resident], _T]) -> _T:
+        """What `work` makes of the model: in the worker thread, when it is next free. For short work that is no task
+        on tiles, such as vectors.
+
+        Raises:
+            EngineNotReady: the model is not loaded (yet); `EngineClosing`: the engine is closing.
+            EngineBusy: `MAX_CALLS` wait already.
+            QueryFailed: `work` failed.
+        """
+        perceiver = self._ready_model()
+        if self._calls >= MAX_CALLS:
+            self.stats.reject("busy")
+            raise EngineBusy(self.waiting, 1.0)
+        self._calls += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._device, work, perceiver)
+        except Exception as error:  # whatever the model raises: this caller is told
+            logger.error("a call to the model failed: %s", type(error).__name__)
+            raise QueryFailed(f"the model failed on this call: {type(error).__name__}: {error}") from error
+        finally:
+            self._calls -= 1
+
     def _admitting(self, request: PerceiveRequest, tiles: int) -> Resident:
         """The perceiver, where it can take these tiles; raises as `perceive` says."""
+        perceiver = self._ready_model()
+        if request.task not in perceiver.tasks:
+            self.stats.reject("not_served")
+            raise TaskNotServed(request.task, perceiver.info.model, perceiver.tasks)
+        waiting = self.waiting
+        if waiting + tiles > self._max_waiting:
+            self.stats.reject("busy")
+            raise EngineBusy(waiting, max(1.0, waiting * self._seconds_per_tile))
+        return perceiver
+
+    def _ready_model(self) -> Resident:
         if self._closing:
             self.stats.reject("closing")
             raise EngineClosing("the model server is closing")
         if self.perceiver is None or not self.ready:
             self.stats.reject("not_ready")
             raise EngineNotReady("the model is still loading")
-        if request.task not in self.perceiver.tasks:
-            self.stats.reject("not_served")
-            raise TaskNotServed(request.task, self.perceiver.info.model, self.perceiver.tasks)
-        waiting = self.waiting
-        if waiting + tiles > self._max_waiting:
-            self.stats.reject("busy")
-            raise EngineBusy(waiting, max(1.0, waiting * self._seconds_per_tile))
         return self.perceiver
 
     def _leave(self, job: _Job) -> None:
