@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from model_server.checkpoints.adapters import find_family
 from model_server.checkpoints.published import Report
+from model_server.checkpoints.store import WeightsError
 from model_server.model.attention import Backend, attention_backend
 
 TOLERANCE = 1e-4
@@ -84,12 +86,15 @@ def verify(folder: Path) -> Verification:
     nested = folder / "checkpoint"
     checkpoint = nested if nested.is_dir() else folder
     name = find_family(checkpoint).NAME
+    recorded = f"model_server.checkpoints.recorded.{name}"
+    if importlib.util.find_spec(recorded) is None:
+        raise WeightsError(f"{folder} is a checkpoint of {name}, for which nothing is recorded to compare with")
     comparison = Comparison()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.no_grad(), attention_backend(Backend.MATH):
-            compare = importlib.import_module(f"model_server.checkpoints.recorded.{name}").compare
+            compare = importlib.import_module(recorded).compare
             report = compare(folder, checkpoint, comparison)
     finally:
         torch.set_num_threads(threads)

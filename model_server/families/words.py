@@ -20,10 +20,15 @@ class NoTokenizer(WeightsError):
 
 
 class Words:
-    """Text to ids and back. `ends` are the ids that close an answer."""
+    """Text to ids and back. `ends` are the ids that close an answer; `picture` is the id of `<image>` where that is a
+    token of the checkpoint's own (the layout of `transformers`)."""
 
-    def __init__(self, tokenizer: Tokenizer, ends: frozenset[int]) -> None:
-        self.tokenizer, self.ends = tokenizer, ends
+    def __init__(self, tokenizer: Tokenizer, ends: frozenset[int], picture: int | None = None) -> None:
+        self.tokenizer, self.ends, self.picture = tokenizer, ends, picture
+
+    def with_picture(self, picture: int | None) -> Words:
+        """The same words, `<image>` being a token of this id."""
+        return Words(self.tokenizer, self.ends, picture)
 
     @classmethod
     def load(cls, folder: Path, *others: Path) -> Words:
@@ -46,8 +51,10 @@ class Words:
         return cls(tokenizer, ends)
 
     def prompt(self, text: str) -> list[int]:
-        """Ids of a prompt with `IMAGE` for each `<image>`: the pieces between are encoded one by one, as published,
-        and a start token stands at the beginning only."""
+        """Ids of a prompt with `IMAGE` for each `<image>`. Where that is no token, the pieces between are encoded one
+        by one, as published, and a start token stands at the beginning only."""
+        if self.picture is not None:
+            return [IMAGE if i == self.picture else i for i in self.tokenizer.encode(text).ids]
         start = self.tokenizer.encode("").ids
         ids = list(start)
         for n, piece in enumerate(text.split(PICTURE)):

@@ -12,7 +12,7 @@ from types import ModuleType
 
 from model_server.checkpoints.store import WeightsError
 
-FAMILIES = ("rsunivlm", "mfrsvlm", "fusar")
+FAMILIES = ("rsunivlm", "mfrsvlm", "fusar", "llava", "qwen_vl")
 
 
 class UnknownFamily(WeightsError):

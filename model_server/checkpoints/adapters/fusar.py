@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +73,10 @@ def read_config(base: Mapping[str, Any], tlm: Mapping[str, Any]) -> QwenVLConfig
     Raises:
         UnsupportedLayout: one of them asks for what is not computed here.
     """
-    require(base, "model_type", ["qwen2_5_vl"])
     require(tlm, "format", [FORMAT])
     require(tlm, "vec_dim", [64])
-    text = {**base, **base.get("text_config", {})}
-    text["tie_word_embeddings"] = base.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    require(rope, "rope_type", ["default", "mrope"])
-    if "rope_theta" in rope:
-        text["rope_theta"] = rope["rope_theta"]
-    decoder = decoder_config(text, qkv_bias=True, rope_sections=tuple(need(rope, "mrope_section")))
-    vision = vision_config(base.get("vision_config", {}), decoder.width)
+    config = read_base_config(base, NAME)
+    vision = config.vision
     modulation = ModulationConfig(
         sigma=float(need(tlm, "sigma")),
         hidden_mult=int(tlm.get("hidden_mult", 4)),
@@ -94,8 +88,25 @@ def read_config(base: Mapping[str, Any], tlm: Mapping[str, Any]) -> QwenVLConfig
     size = int(tlm.get("image_size", 504))
     if size <= 0 or size % (vision.patch * vision.merge):
         raise UnsupportedLayout(f"image_size must be a multiple of {vision.patch * vision.merge}; it is {size}")
-    return QwenVLConfig(name=NAME, vision=vision, decoder=decoder, image_token=need(base, "image_token_id"),
-                        image_size=size, modulation=modulation)  # fmt: skip
+    return replace(config, image_size=size, modulation=modulation)
+
+
+def read_base_config(base: Mapping[str, Any], name: str) -> QwenVLConfig:
+    """Our config of a base's config.json alone, without modulation.
+
+    Raises:
+        UnsupportedLayout: it asks for what is not computed here.
+    """
+    require(base, "model_type", ["qwen2_5_vl"])
+    text = {**base, **base.get("text_config", {})}
+    text["tie_word_embeddings"] = base.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    require(rope, "rope_type", ["default", "mrope"])
+    if "rope_theta" in rope:
+        text["rope_theta"] = rope["rope_theta"]
+    decoder = decoder_config(text, qkv_bias=True, rope_sections=tuple(need(rope, "mrope_section")))
+    vision = vision_config(base.get("vision_config", {}), decoder.width)
+    return QwenVLConfig(name=name, vision=vision, decoder=decoder, image_token=need(base, "image_token_id"))
 
 
 def vision_config(raw: Mapping[str, Any], width: int) -> QwenVisionConfig:
@@ -189,7 +200,7 @@ def _linear(theirs: str, ours: str, out: int, into: int) -> Plan:
     return {f"{theirs}.{kind}": [Piece(f"{ours}.{kind}", shape)] for kind, shape in shapes.items()}
 
 
-def _old_name(name: str) -> str:
+def old_name(name: str) -> str:
     """`model.language_model.layers.0...` -> `model.layers.0...`, `model.visual...` -> `visual...`."""
     return re.sub(r"^model\.(?:language_model\.|(?=visual\.))", lambda m: "model." if m.end() > 6 else "", name)
 
@@ -197,7 +208,7 @@ def _old_name(name: str) -> str:
 def _merged(base: Path, adapter: Path) -> tuple[Tensors, list[str]]:
     """The base's tensors by their old names with the LoRA in them, W + alpha / r B A, and the adapter's names that
     belong to no tensor of the base."""
-    tensors = {_old_name(name): read for name, read in open_tensors(base).items()}
+    tensors = {old_name(name): read for name, read in open_tensors(base).items()}
     raw = read_json(adapter / LORA)
     require(raw, "peft_type", ["LORA"])
     require(raw, "bias", ["none"])
@@ -209,7 +220,7 @@ def _merged(base: Path, adapter: Path) -> tuple[Tensors, list[str]]:
     for name in sorted(lora):
         parts = re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", name)
         partner = name.replace(".lora_A.", ".lora_B.")
-        target = f"{_old_name(parts[1])}.weight" if parts else ""
+        target = f"{old_name(parts[1])}.weight" if parts else ""
         if parts and partner in lora and target in tensors:
             tensors[target] = _with_lora(target, tensors[target], lora[name], lora[partner], scale)
         elif parts or name.replace(".lora_B.", ".lora_A.") not in lora or ".lora_B." not in name:

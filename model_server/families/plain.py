@@ -1,0 +1,83 @@
+"""Plain LLaVA and Qwen2.5-VL: general models, asked in the words that their authors use, without task tokens.
+
+LLaVA answers a phrase with `[x1, y1, x2, y2]` in shares of the square it saw, Qwen2.5-VL with a JSON list in pixels of
+the picture as it was resized. Neither draws masks or compares pictures pixel by pixel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from model_server.families.asking import Ask, Said
+from model_server.families.reading import answer, caption, classes, objects
+from model_server.protocol import PerceiveRequest, Task, TaskNotServed, TileAnswer
+from model_server.query import Query
+from model_server.text.boxes import Box, BoxDialect, ParsedBoxes, parse_boxes
+
+STEPS: dict[Task, int] = {"caption": 256, "vqa": 64, "classify": 0, "ground": 512}
+TASKS: tuple[Task, ...] = ("caption", "vqa", "classify", "ground")
+Reader = Callable[[str, int, int], ParsedBoxes]  # text, width, height of the picture -> boxes on its pixels
+
+
+class PlainDialect:
+    """Captions, answers, classes and boxes.
+
+    grounding: the words that ask for boxes, with `{}` for the phrase; read: its answer's boxes; scale: pixels seen per
+    pixel of a picture of some width and height.
+    """
+
+    tasks = TASKS
+
+    def __init__(self, name: str, grounding: str, read: Reader, scale: Callable[[int, int], float]) -> None:
+        self.name = name
+        self._grounding, self._read, self._scale = grounding, read, scale
+
+    def route(self, task: Task) -> tuple[str, str]:
+        return "", "shared"
+
+    def ask(self, query: Query) -> list[Ask]:
+        options = query.labels if query.task == "classify" else ()
+        return [Ask((query.image,), self._words(query), STEPS[query.task], options=options)]
+
+    def read(self, query: Query, said: Sequence[Said]) -> TileAnswer:
+        height, width = query.image.shape[:2]
+        match query.task:
+            case "caption":
+                return caption(said[0])
+            case "vqa":
+                return answer(said[0])
+            case "classify":
+                return classes(query.labels, said[0])
+            case "ground":
+                boxes = self._read(said[0].text, width, height).boxes
+                return objects(boxes, said[0], self._scale(width, height))
+            case _:
+                raise TaskNotServed(query.task, self.name, self.tasks)
+
+    def cautions(self, request: PerceiveRequest) -> list[str]:
+        return ["This is a general model: it was not trained on remote sensing imagery in particular."]
+
+    def _words(self, query: Query) -> str:
+        text = query.text.strip()
+        if query.task == "caption":
+            return f"Describe this image {'briefly' if query.detail == 'short' else 'in detail'}."
+        if query.task == "classify":
+            return f"Which of these does the image show: {', '.join(query.labels)}? Answer with one of them only."
+        if query.task == "vqa":
+            return f"{text}\nAnswer the question using a single word or phrase."
+        return self._grounding.format(text)
+
+
+def square_boxes(text: str, width: int, height: int, cropped: bool) -> ParsedBoxes:
+    """LLaVA's boxes, in shares of a square: the picture padded to one about its middle, or its middle cut out."""
+    side = min(width, height) if cropped else max(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    found = parse_boxes(text, BoxDialect.UNIT, (side, side))
+    return replace(found, boxes=tuple(_moved(box, left, top, width, height) for box in found.boxes))
+
+
+def _moved(box: Box, left: float, top: float, width: int, height: int) -> Box:
+    x1, x2 = (min(max(x + left, 0.0), float(width)) for x in (box.x1, box.x2))
+    y1, y2 = (min(max(y + top, 0.0), float(height)) for y in (box.y1, box.y2))
+    return replace(box, x1=x1, y1=y1, x2=x2, y2=y2)
