@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import shapely
 
+from model_server.change_words import ChangeFacts, place_in
 from model_server.protocol import TileCaption, TileChange
 from rs_tools.artifacts import decimals
 from rs_tools.calls import NO_OVERLAP, Call, Output, common
 from rs_tools.imagery.alignment import Shift
 from rs_tools.looking import Seen
 from rs_tools.painting import Area, Maps, Painted, Painter, figures, picture, vectors
-from rs_tools.reduction import place_in
 from rs_tools.results import Artifact, ChangedRegion, DetectChangeResult, Ring
 from rs_tools.summary import square_metres
 
@@ -108,15 +108,10 @@ def _caption(
         return NO_OVERLAP
     if not areas:
         return "No change was found." if not pixels else "No change was found but for single pixels."
-    ground = "" if area is None else f", {square_metres(area)}"
-    how_many = "One region" if len(areas) == 1 else f"{len(areas)} regions"
-    text = f"{how_many} changed: {share:.2%} of what both images show{ground}."
     largest = areas[0]
-    where = place_in(largest.bbox, call.region)
-    if len(areas) == 1:
-        text += f" It lies in the {where}."
-    else:
-        text += f" The largest, {largest.pixels / pixels:.0%} of the change, lies in the {where}."
+    place = place_in(largest.bbox, call.region)
+    facts = ChangeFacts(len(areas), share, largest.pixels / pixels, place)
+    text = facts.said("" if area is None else square_metres(area))
     if len(scenes) == 2:
         before, after = (_inline(one.caption) for one in scenes)
         text += f" The model describes the earlier image as {before} and the later one as {after}."

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
+from model_server.change_words import place_in
 from model_server.protocol import AnswerKind, TileCaption, TileClasses, TileVqa
 from rs_tools.imagery.scene import Region
 
@@ -294,14 +295,3 @@ def _first_sentence(caption: str) -> str:
 def _bounds(parts: Sequence[Look[TileCaption]]) -> Region:
     x1, y1, x2, y2 = zip(*(part.region for part in parts), strict=True)
     return min(x1), min(y1), max(x2), max(y2)
-
-
-def place_in(region: Region, whole: Region) -> str:
-    """Which ninth of the whole the region's centre lies in: "upper left", "centre"."""
-    x = (region[0] + region[2] - 2 * whole[0]) / (2 * (whole[2] - whole[0]))
-    y = (region[1] + region[3] - 2 * whole[1]) / (2 * (whole[3] - whole[1]))
-    row = "upper" if y < 1 / 3 else "lower" if y > 2 / 3 else ""
-    column = "left" if x < 1 / 3 else "right" if x > 2 / 3 else ""
-    if row and column:
-        return f"{row} {column}"
-    return f"{row} part" if row else f"{column} part" if column else "centre"
