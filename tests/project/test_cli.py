@@ -7,13 +7,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from rs_tools.cli import app
 
 SCENES = Path(__file__).parents[2] / "examples" / "data"
 SCENE = SCENES / "itaipu_landsat8.tif"
 COMMANDS = ["inspect", "list", "caption", "vqa", "classify", "ground", "segment", "detect-change", "serve"]
+COMMANDS += ["doctor", "demo"]
 
 
 def rs_tools(*arguments: str | Path, state: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -24,11 +29,12 @@ def rs_tools(*arguments: str | Path, state: Path | None = None) -> subprocess.Co
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
-@pytest.fixture
-def own_state(tmp_path: Path) -> Iterator[Path]:
-    """A state folder of the test's own, so that it neither finds nor leaves a model server of the user."""
-    yield tmp_path
-    for file in tmp_path.glob("server-*.json"):
+@pytest.fixture(scope="module")
+def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A state folder of these tests' own, so that they neither find nor leave a model server of the user."""
+    folder = tmp_path_factory.mktemp("state")
+    yield folder
+    for file in folder.glob("server-*.json"):
         os.kill(json.loads(file.read_text())["pid"], 15)
 
 
@@ -86,10 +92,58 @@ def test_wrong_usage_gives_status_2(arguments: list[str | Path]) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_explained_with_an_example(command: str) -> None:
-    overview = rs_tools("--help").stdout
-    assert command in overview
+    ask = partial(CliRunner().invoke, app, env={"COLUMNS": "100", "NO_COLOR": "1"})
+    assert command in ask(["--help"]).output
     if command != "serve":  # its options are those of rs-model-server
-        assert f"Example: rs-tools {command}" in rs_tools(command, "--help").stdout
+        assert f"Example: rs-tools {command}" in ask([command, "--help"]).output
+
+
+def test_the_model_server_runs_in_the_foreground_with_the_options_it_is_given() -> None:
+    done = rs_tools("serve", "--host", "0.0.0.0")
+    assert done.returncode == 2
+    assert "--token-file" in done.stderr
+
+
+def test_nothing_is_drawn_where_no_terminal_is_and_the_answers_come_as_plain_lines() -> None:
+    done = rs_tools("inspect", SCENE, SCENES / "raleigh_landsat7.tif", "--json")
+    assert done.stderr == ""
+    assert [json.loads(line)["answer"]["epsg"] for line in done.stdout.splitlines()] == [32621, 32119]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
+def test_on_a_terminal_a_bar_says_which_image_is_looked_at_and_stdout_holds_the_answers_alone() -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "rs_tools.cli", "inspect", str(SCENE), str(SCENE.parent), "--json"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "TERM")}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=theirs, env=environment | {"TERM": "xterm", "COLUMNS": "200"}
+    )
+    os.close(theirs)
+    assert process.stdout is not None
+    drawn = b""
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # the other side was closed
+            break
+        if not part:
+            break
+        drawn += part
+    lines = process.stdout.read().decode().splitlines()
+    assert process.wait() == 0
+    assert len([json.loads(line) for line in lines]) == 4
+    assert b"2/4" in drawn
+
+
+def test_the_demonstration_prints_commands_with_their_answers(own_state: Path) -> None:
+    done = rs_tools("demo", SCENES / "yellowstone_road.jpg", state=own_state)
+    assert done.returncode == 0, done.stderr
+    for command in ("inspect", "caption", "classify", "vqa", "ground", "segment"):
+        assert f"$ rs-tools {command}" in done.stdout
+    assert "900 x 900" in done.stdout
+    assert "confidence" in done.stdout
 
 
 def test_a_question_asked_at_the_terminal_is_answered_by_a_model_server_that_it_starts(own_state: Path) -> None:

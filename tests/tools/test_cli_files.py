@@ -1,47 +1,59 @@
-"""Files of answers at the terminal: put where the caller wants them, under names that tell what they are."""
+"""Files and many images at the terminal: what is put where, what is said of each image, and the exit status."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import rasterio
-from planted import BLUE, RED, PlantedModel, painted
+from planted import BLUE, RED, painted
+from planted_server import planted_server
 from rasters import UTM, write
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from rs_tools import cli
 
 
-class Client(PlantedModel):
-    async def aclose(self) -> None:
-        pass
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with planted_server() as url:
+        yield url
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with two images, and a model that sees what is painted."""
-    monkeypatch.setattr(cli, "ModelClient", Client)
+    """A folder with two images, in the first a ship, in the second water."""
     monkeypatch.setenv("RS_PERCEPTION_STATE", str(tmp_path / "state"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    images = tmp_path / "images"
+    images.mkdir()
     place: dict[str, Any] = {"photometric": "RGB", "crs": "EPSG:32633", "transform": UTM}
-    write(tmp_path / "bay.tif", painted(80, 90, ((10, 10, 20, 15), RED)), **place)
-    write(tmp_path / "bay_2.tif", painted(80, 90, ((40, 40, 60, 60), BLUE)), **place)
-    return tmp_path
+    write(images / "bay.tif", painted(80, 90, ((10, 10, 20, 15), RED)), **place)
+    write(images / "bay_2.tif", painted(80, 90, ((40, 40, 60, 60), BLUE)), **place)
+    return images
 
 
-def run(*arguments: str | Path) -> str:
-    done = CliRunner().invoke(cli.app, [str(one) for one in arguments])
-    assert done.exit_code == 0, done.output
-    return done.output
+@pytest.fixture
+def ask(server: str) -> Any:
+    def ask(*arguments: str | Path) -> Result:
+        return CliRunner().invoke(cli.app, [str(one) for one in [*arguments, "--model-url", server]])
+
+    return ask
 
 
-def test_files_lie_in_the_folder_that_is_named_and_the_answer_names_them(folder: Path) -> None:
+def answered(done: Result, status: int = 0) -> str:
+    assert done.exit_code == status, done.output
+    return done.stdout
+
+
+def test_files_lie_in_the_folder_that_is_named_and_the_answer_names_them(folder: Path, ask: Any) -> None:
     out = folder / "out"
-    run("ground", folder / "bay.tif", "ship", "--out", out)
-    run("segment", folder / "bay_2.tif", "--class", "water", "--preview", "--out", out)
-    answer = json.loads(run("detect-change", folder / "bay.tif", folder / "bay_2.tif", "--out", out, "--json"))
+    answered(ask("ground", folder / "bay.tif", "ship", "--out", out))
+    answered(ask("segment", folder / "bay_2.tif", "--class", "water", "--preview", "--out", out))
+    change = ask("detect-change", folder / "bay.tif", folder / "bay_2.tif", "--out", out, "--json")
     assert sorted(path.name for path in out.iterdir() if not path.name.endswith(".aux.xml")) == [
         "bay-bay_2-change.geojson",
         "bay-bay_2-change.tif",
@@ -50,22 +62,93 @@ def test_files_lie_in_the_folder_that_is_named_and_the_answer_names_them(folder:
         "bay_2-segment.png",
         "bay_2-segment.tif",
     ]
-    assert [Path(one["path"]).parent for one in answer["artifacts"]] == [out, out]
+    assert [Path(one["path"]).parent for one in json.loads(answered(change))["artifacts"]] == [out, out]
     with rasterio.open(out / "bay_2-segment.tif") as file:
         assert (file.read(1) == 1).sum() == 400
         assert file.tags(1)["CLASS_1"] == "water"
 
 
-def test_without_a_folder_the_answer_says_where_its_files_are_kept(folder: Path) -> None:
-    output = run("ground", folder / "bay.tif", "ship")
+def test_without_a_folder_the_answer_says_where_its_files_are_kept(folder: Path, ask: Any) -> None:
+    output = answered(ask("ground", folder / "bay.tif", "ship"))
     assert "1 found for 'ship': [10, 10, 20, 15] score 0.90" in output
-    [vectors] = (folder / "state" / "artifacts").iterdir()
+    [vectors] = (folder.parent / "state" / "artifacts").iterdir()
     assert vectors.name in output.replace("\n", "")
 
 
-def test_a_folder_that_cannot_be_made_gives_status_1_and_the_reason(folder: Path) -> None:
-    done = CliRunner().invoke(
-        cli.app, ["ground", str(folder / "bay.tif"), "ship", "--out", str(folder / "bay.tif" / "out")]
-    )
+def test_a_folder_that_cannot_be_made_gives_status_1_and_the_reason(folder: Path, ask: Any) -> None:
+    done = ask("ground", folder / "bay.tif", "ship", "--out", folder / "bay.tif" / "out")
     assert done.exit_code == 1
     assert "cannot be put into" in done.stderr
+
+
+def test_of_a_folder_each_image_is_a_line_of_json_and_one_bad_file_does_not_stop_the_rest(
+    folder: Path, ask: Any
+) -> None:
+    (folder / "bad.tif").write_text("no raster")
+    done = ask("ground", folder, "ship", "--json")
+    lines = [json.loads(line) for line in answered(done, status=3).splitlines()]
+    assert [Path(one["image"]).name for one in lines] == ["bad.tif", "bay.tif", "bay_2.tif"]
+    assert lines[0]["error"]["type"] == "ImageError"
+    assert "not a raster" in lines[0]["error"]["message"]
+    assert [one["answer"]["count"] for one in lines[1:]] == [1, 0]
+    assert f"{folder / 'bad.tif'}: " in done.stderr
+
+
+def test_for_people_each_of_many_answers_stands_below_the_name_of_its_image(folder: Path, ask: Any) -> None:
+    lines = answered(ask("ground", folder / "bay.tif", folder / "bay_2.tif", "ship")).splitlines()
+    assert lines[0] == str(folder / "bay.tif")
+    assert lines[1].startswith("1 found")
+    assert str(folder / "bay_2.tif") in lines
+
+
+@pytest.mark.parametrize(("names", "found"), [(["bay*.tif"], 2), (["*_2.*"], 1), (["bay.tif", "*.tif"], 2)])
+def test_patterns_and_names_stand_for_their_files_once_each(
+    folder: Path, ask: Any, names: list[str], found: int
+) -> None:
+    lines = answered(ask("vqa", *(folder / name for name in names), "Is it green?", "--json")).splitlines()
+    assert len({json.loads(line)["image"] for line in lines}) == len(lines) == found
+
+
+def test_when_every_image_is_refused_or_none_is_there_the_status_is_1(folder: Path, ask: Any) -> None:
+    assert ask("ground", folder, " ").exit_code == 1
+    nothing = ask("ground", folder / "*.jp2", "ship")
+    assert (nothing.exit_code, "No file fits" in nothing.stderr) == (1, True)
+    (folder / "empty").mkdir()
+    nothing = ask("ground", folder / "empty", "ship")
+    assert (nothing.exit_code, "no image in the folder" in nothing.stderr) == (1, True)
+
+
+def test_a_model_server_that_is_gone_gives_status_4_and_the_rest_is_not_tried(folder: Path) -> None:
+    arguments = ["ground", str(folder), "ship", "--model-url", "http://127.0.0.1:9", "--json"]
+    done = CliRunner().invoke(cli.app, arguments)
+    [line] = done.stdout.splitlines()
+    assert json.loads(line)["error"]["type"] == "ServerUnavailable"
+    assert done.exit_code == 4
+
+
+def test_images_of_one_name_in_several_folders_do_not_overwrite_each_others_files(folder: Path, ask: Any) -> None:
+    (folder / "later").mkdir()
+    (folder / "later" / "bay.tif").write_bytes((folder / "bay_2.tif").read_bytes())
+    out = folder.parent / "out"
+    answered(ask("ground", folder / "bay.tif", folder / "later" / "bay.tif", "ship", "--out", out))
+    assert sorted(one.name for one in out.iterdir()) == ["bay-ground.geojson", "bay_2-ground.geojson"]
+    counts = [len(json.loads(one.read_text())["features"]) for one in sorted(out.iterdir())]
+    assert counts == [1, 0]
+
+
+def test_two_folders_are_compared_image_by_image_of_the_same_name(folder: Path, ask: Any) -> None:
+    later = folder.parent / "later"
+    later.mkdir()
+    (later / "bay.tif").write_bytes((folder / "bay_2.tif").read_bytes())
+    lines = [json.loads(one) for one in answered(ask("detect-change", folder, later, "--json"), status=3).splitlines()]
+    assert [Path(one["before"]).name for one in lines] == ["bay.tif", "bay_2.tif"]
+    assert lines[0]["after"] == str(later / "bay.tif")
+    assert lines[0]["answer"]["changed"]
+    assert lines[1]["error"]["type"] == "AccessError"
+    assert ask("detect-change", folder, later / "bay.tif").exit_code == 2
+
+
+def test_a_token_without_a_server_to_give_it_to_is_wrong_usage(folder: Path) -> None:
+    done = CliRunner().invoke(cli.app, ["caption", str(folder / "bay.tif"), "--token-file", str(folder / "bay.tif")])
+    assert done.exit_code == 2
+    assert "--model-url" in done.stderr

@@ -5,53 +5,25 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from planted import BLUE, RED, PlantedModel, painted
-from rasters import BUNDLED, UTM, noise, scripted_answer, write
+from planted import BLUE, RED, painted
+from planted_server import planted_server
+from rasters import BUNDLED, UTM, noise, write
 
 import rs_tools
-from model_server.protocol import PerceiveRequest, PerceiveResponse, decode_request, encode_response
 from rs_tools.errors import AccessError, InputError
 
 ROAD = BUNDLED / "yellowstone_road.jpg"
 
 
-class Words(PlantedModel):
-    """The planted model, whose captions are the script's."""
-
-    async def perceive(self, request: PerceiveRequest, tiles: list[np.ndarray]) -> PerceiveResponse:
-        words = request.task == "caption"
-        return scripted_answer(request, len(tiles)) if words else await super().perceive(request, tiles)
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
-        request, tiles = decode_request(self.rfile.read(int(self.headers["Content-Length"])))
-        body = encode_response(asyncio.run(Words().perceive(request, tiles)))
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        thread = threading.Thread(target=http.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{http.server_port}"
-        http.shutdown()
-        thread.join()
+    with planted_server() as url:
+        yield url
 
 
 def test_a_script_asks_without_an_event_loop(server: str) -> None:

@@ -1,0 +1,114 @@
+"""Arguments and options that commands share."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+Images = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="IMAGE", help="GeoTIFF, PNG, JPEG, ...; a folder, or a pattern in quotes.", show_default=False
+    ),
+]
+Region = Annotated[
+    tuple[int, int, int, int] | None,
+    typer.Option(metavar="X1 Y1 X2 Y2", help="Pixels from the top-left corner; the whole image without it."),
+]
+Bands = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--band", metavar="N", help="Band to show, from 1: once for grey, or for red, green and blue in turn."
+    ),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the whole result as JSON; of many images one result to a line.")
+]
+Preview = Annotated[bool, typer.Option("--preview", help="Also make a picture of the answer.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Put the files there, named after the image; else they are kept a day in your cache."
+    ),
+]
+
+
+ModelUrl = Annotated[
+    str | None, typer.Option(metavar="URL", help="Ask the model server there; without it this user's own one.")
+]
+TokenFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Bearer token of the server at --model-url.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """How each image is looked at, by which model, and how its answer is printed."""
+
+    region: Region = None
+    band: Bands = None
+    model_url: ModelUrl = None
+    token_file: TokenFile = None
+    as_json: AsJson = False
+
+    @property
+    def pixels(self) -> list[int]:
+        return list(self.region or ())
+
+    @property
+    def bands(self) -> list[int]:
+        return self.band or []
+
+    @property
+    def token(self) -> str | None:
+        return read_token(self.model_url, self.token_file)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilesView(View):
+    """The same for answers that come with files."""
+
+    preview: Preview = False
+    out: Out = None
+
+
+def read_token(model_url: str | None, file: Path | None) -> str | None:
+    if file is None:
+        return None
+    if model_url is None:
+        raise typer.BadParameter("--token-file is for --model-url, which is not given")
+    try:
+        return file.read_text().strip()
+    except OSError as error:
+        raise typer.BadParameter(f"--token-file cannot be read: {error}") from error
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose last parameter is a view, as one whose last parameters are the fields of that view.
+
+    So the options that commands share are declared once, and typer still sees each of them.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    *own, last = inspect.signature(command).parameters.values()
+    kind: type[View] = hints[last.name]
+    options = get_type_hints(kind, include_extras=True)
+    fields = {field.name: field.default for field in dataclasses.fields(kind)}
+
+    @wraps(command)
+    def spread_out(**given: Any) -> None:
+        view = kind(**{name: given.pop(name) for name in fields})
+        command(**given, **{last.name: view})
+
+    parameters = [parameter.replace(annotation=hints[parameter.name]) for parameter in own]
+    parameters += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=options[name])
+        for name, default in fields.items()
+    ]
+    spread_out.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    spread_out.__annotations__ = {one.name: one.annotation for one in parameters}
+    return spread_out
