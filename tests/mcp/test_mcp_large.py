@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
-from mcp import Client
+from mcp import Client, MCPError
 from mcp_processes import Connect, text_of
 
 import mcp_server
@@ -19,6 +19,7 @@ from rs_tools import mcp_progress
 from rs_tools.errors import NotServed
 from rs_tools.imagery.access import AccessPolicy
 from rs_tools.looking import BATCH
+from rs_tools.mcp_progress import Progress
 
 SIDE = 2000
 QUESTION = "How many ships are there?"
@@ -95,6 +96,31 @@ async def test_progress_is_in_looks_with_their_total_and_only_grows(
     during = [message for progress, _, message in heard if BATCH < progress < BATCH + 1]
     assert len(during) >= 3
     assert all(re.fullmatch(rf"{BATCH} of {TILES} looks done, \d+ s", message) for message in during)
+
+
+def test_progress_grows_within_its_total_also_between_looks_and_when_a_call_looks_twice() -> None:
+    progress = Progress()
+    heard = [progress.report() for _ in range(3)]
+    for total, steps in ((64, range(0, 65, 16)), (3, range(4)), (1, (0, 1))):  # three times in one call
+        for done in steps:
+            progress(done, total, f"{done} of {total} looks done")
+            heard += [progress.report() for _ in range(100)]
+    values = [value for value, _, _ in heard]
+    assert values == sorted(set(values))
+    assert all(total is None or value < total for value, total, _ in heard)
+    assert [total for _, total, _ in heard[::50]][-1] == 64 + 3 + 1
+    assert heard[0][2] == "opening the image"
+    assert heard[-1][2] == "all 1 looks done, making the answer"
+
+
+async def test_a_client_that_waits_no_longer_ends_the_work(folder: Path, model: GatedModel) -> None:
+    async with Client(mcp_server.build_server(AccessPolicy([folder]))) as client:
+        arguments = {"image": "large.tif", "question": QUESTION}
+        with pytest.raises(MCPError, match=r"(?i)timed out"):
+            await client.call_tool("vqa", arguments, read_timeout_seconds=5)
+        async with asyncio.timeout(300):
+            await model.cancelled.wait()
+    assert model.batches == 2
 
 
 async def test_a_cancelled_call_asks_no_further_batch_and_the_server_goes_on(folder: Path, model: GatedModel) -> None:
