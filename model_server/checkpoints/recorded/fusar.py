@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from model_server.checkpoints.adapters import fusar
 from model_server.checkpoints.adapters.fusar_inputs import PromptWriter, cut_patches, load_anchors
 from model_server.checkpoints.published import Report
+from model_server.checkpoints.recorded.apart import projections_apart
 from model_server.checkpoints.verify import Comparison
 from model_server.model.modulation import Anchors
 from model_server.model.qwen_vision import Grid, window_groups
@@ -25,6 +26,7 @@ STEPS = (".film_out", ".gamma", ".beta", ".gauss_raw_SxHW", "_patch_HWxC", "_int
 def compare(folder: Path, checkpoint: Path, comparison: Comparison) -> Report:
     """Run every case of `folder`; see the package."""
     model, report = fusar.load(checkpoint)
+    projections_apart(model)
     _Cases(folder, model, comparison).run()
     return report
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from model_server.checkpoints.adapters import mfrsvlm
 from model_server.checkpoints.published import Report, read_json
+from model_server.checkpoints.recorded.apart import projections_apart
 from model_server.checkpoints.store import WeightsError
 from model_server.checkpoints.verify import Comparison, Taps
 from model_server.model.llava import IMAGE, LlavaVLM, Prompt
@@ -34,6 +35,7 @@ SAMPLES = 257  # a strided record keeps about this many values of a tensor
 def compare(folder: Path, checkpoint: Path, comparison: Comparison) -> Report:
     """Run every case of `folder`; see the package."""
     model, report = mfrsvlm.load(checkpoint)
+    projections_apart(model)
     _Cases(folder, model, comparison).run()
     return report
 

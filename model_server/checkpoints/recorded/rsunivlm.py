@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model_server.checkpoints.adapters import rsunivlm
 from model_server.checkpoints.published import Report, read_json
+from model_server.checkpoints.recorded.apart import projections_apart
 from model_server.checkpoints.store import WeightsError
 from model_server.checkpoints.verify import Comparison, Taps
 from model_server.model.config import EXPERTS
@@ -38,7 +39,9 @@ class _Cases:
         self.load = cache(self._load)
 
     def _load(self, overrides: str) -> tuple[LlavaVLM, Report]:
-        return rsunivlm.load(self.checkpoint, overrides=json.loads(overrides))
+        model, report = rsunivlm.load(self.checkpoint, overrides=json.loads(overrides))
+        projections_apart(model)
+        return model, report
 
     def run(self) -> Report:
         prompts = {name: self._input(name, about) for name, about in self.index["inputs"].items()}
