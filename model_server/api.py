@@ -24,15 +24,27 @@ from starlette.routing import Route
 
 from model_server.chat import read_chat
 from model_server.chat_answers import Completion, say, shortened
+from model_server.embeddings import Embedding, HasVectors, NoVectors
 from model_server.engine import Engine, EngineNotReady
+from model_server.metrics import MEDIA_TYPE as METRICS_TYPE
+from model_server.metrics import render
 from model_server.openai_wire import UnknownModel
-from model_server.protocol import MAX_BODY_BYTES, SERVICE, PerceiveRequest, decode_request, encode_response
+from model_server.protocol import (
+    MAX_BODY_BYTES,
+    MAX_LABELS,
+    MAX_TEXT,
+    MAX_TILE_SIDE,
+    SERVICE,
+    PerceiveRequest,
+    decode_request,
+    encode_response,
+)
 from model_server.refusals import HANDLERS, LOADING_RETRY_S, BodiesFull, BodyTooLarge, TooManyCalls
 from model_server.request_log import RequestLog, record_of
 from model_server.usage import CountsTokens, usage_of
 
-if TYPE_CHECKING:  # the model brings torch
-    from model_server.perceiver import Perceiver
+if TYPE_CHECKING:
+    from model_server.resident import Resident
 
 MEDIA_TYPE = "application/octet-stream"
 MAX_JSON_BYTES = 64 * 2**20  # of a body with pictures in base64
@@ -65,6 +77,7 @@ class Api:
 
     def __init__(self, engine: Engine, token: str | None, max_body: int, max_calls: int) -> None:
         self.activity = Activity()
+        self.ended: Counter[tuple[str, int]] = Counter()  # calls by path and status
         self._engine = engine
         self._token = token
         self._max_body = max_body
@@ -142,7 +155,26 @@ class Api:
         body = "".join(f"data: {event}\n\n" for event in (*events, "[DONE]"))
         return Response(body, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
-    def _model(self) -> Perceiver:
+    async def embeddings(self, request: Request) -> Response:
+        with self._at_work(request), contextlib.ExitStack() as held:
+            body = await self._read(request, held, min(self._max_body, MAX_JSON_BYTES))
+            model = self._model()
+            name = model.info.model
+            embedding = await run_in_threadpool(Embedding, body, name)
+            del body
+            record_of(request.scope).notes.update(inputs=len(embedding.items))
+            if not isinstance(model, HasVectors):
+                raise NoVectors(name)
+            vectors = await self._unless_gone(request, self._engine.call(embedding.vectors))
+        return JSONResponse(await run_in_threadpool(embedding.answer, vectors, name, model))
+
+    async def metrics(self, request: Request) -> Response:
+        self._authorize(request)
+        uptime_s = round(time.monotonic() - self._started, 3)
+        text = render(self._engine.metrics(), self.ended, self.activity.calls, uptime_s)
+        return Response(text, media_type=METRICS_TYPE)
+
+    def _model(self) -> Resident:
         model = self._engine.perceiver
         if model is None:
             raise EngineNotReady("the model is still loading")
@@ -152,7 +184,9 @@ class Api:
         model = self._model()
         info = model.info.model_dump()
         card = {"id": info["model"], "object": "model", "created": self._born, "owned_by": "rs-perception", **info}
-        return card | {"tasks": list(model.tasks), "taxonomy": list(model.taxonomy)}
+        limits = {"max_image_side": MAX_TILE_SIDE, "max_text": MAX_TEXT, "max_labels": MAX_LABELS}
+        card |= {"tasks": list(model.tasks), "taxonomy": list(model.taxonomy), "limits": limits}
+        return card | {"embeddings": isinstance(model, HasVectors)}
 
     @contextlib.contextmanager
     def _at_work(self, request: Request) -> Iterator[None]:
@@ -254,9 +288,11 @@ def create_app(
         Route("/v1/models/{model}", api.model),
         Route("/v1/perceive", api.perceive, methods=["POST"]),
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
+        Route("/v1/embeddings", api.embeddings, methods=["POST"]),
+        Route("/metrics", api.metrics),
     ]
     served = frozenset(route.path for route in routes)
-    middleware = [Middleware(RequestLog, paths=served, counts=Counter())]
+    middleware = [Middleware(RequestLog, paths=served, counts=api.ended)]
     if token is None:
         middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK_HOSTS))
     app = Starlette(routes=routes, middleware=middleware, exception_handlers=HANDLERS)

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
+from model_server.embeddings import NoVectors
 from model_server.engine import DeadlinePassed, EngineBusy, EngineNotReady, QueryFailed
 from model_server.openai_wire import CallError, UnknownModel
 from model_server.protocol import TaskNotServed, WireError
@@ -50,6 +51,7 @@ ERRORS: list[tuple[type[Exception], int, str]] = [
     (TooManyCalls, 429, "too_many_calls"),
     (QueryFailed, 500, "failed"),
     (TaskNotServed, 501, "not_served"),
+    (NoVectors, 501, "not_served"),
     (EngineBusy, 503, "busy"),
     (BodiesFull, 503, "busy"),
     (EngineNotReady, 503, "not_ready"),
