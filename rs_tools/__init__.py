@@ -1,12 +1,12 @@
 """Remote-sensing perception for scripts.
 
-    import rs_tools
+    import rs_tools as rs
 
-    scene = rs_tools.open("harbour.tif")
+    scene = rs.open("harbour.tif")
     print(scene.caption().caption)
     print((await scene.avqa("Is there a ship?")).answer)
-    for ship in scene.ground("ship").objects:
-        print(ship.score, ship.polygon_lonlat)
+    ships = scene.ground("ship")
+    rs.to_geodataframe(ships).to_file("ships.gpkg")
 
 Each method of an `Image` has an async twin with an `a` before its name.
 """
@@ -17,11 +17,14 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
+
+from rs_tools.conversion import to_dict, to_geodataframe, to_geojson
 
 if TYPE_CHECKING:  # importing rs_tools stays cheap; rasterio and httpx come with the first image
+    from rs_tools.client import ModelClient
     from rs_tools.results import (
         CaptionResult,
         ClassifyResult,
@@ -33,9 +36,10 @@ if TYPE_CHECKING:  # importing rs_tools stays cheap; rasterio and httpx come wit
     )
     from rs_tools.tools import Tools
 
-__all__ = ["Image", "open"]
+__all__ = ["Image", "open", "to_dict", "to_geodataframe", "to_geojson"]
 
 _Answer = TypeVar("_Answer")
+_P = ParamSpec("_P")
 
 
 def open(
@@ -68,53 +72,51 @@ def open(
     return Image(tools, real, tuple(bands))
 
 
+def _waiting(
+    method: Callable[Concatenate[Image, _P], Coroutine[Any, Any, _Answer]],
+) -> Callable[Concatenate[Image, _P], _Answer]:
+    """The sync twin of an async method: the same parameters, answer and errors, for callers without an event loop."""
+
+    @wraps(method)
+    def wait(self: Image, *args: _P.args, **kwargs: _P.kwargs) -> _Answer:
+        answer = _submit(method(self, *args, **kwargs))
+        try:
+            return answer.result()
+        finally:
+            answer.cancel()  # of one that the caller interrupted; nothing happens to one that is done
+
+    wait.__name__ = method.__name__.removeprefix("a")
+    wait.__qualname__ = f"Image.{wait.__name__}"
+    return wait
+
+
 class Image:
-    """One image and the questions it answers; `rs_tools.tools.Tools` says what they return and raise."""
+    """One image and the questions it answers; `rs_tools.tools.Tools` says what they return and raise.
+
+    `region` is [x1, y1, x2, y2] in pixels, empty for the whole image.
+    """
 
     def __init__(self, tools: Callable[..., Tools], path: Path, bands: tuple[int, ...]) -> None:
         self._make_tools, self._file = tools, path
         self._tools, self._path, self._bands = tools(path), str(path), bands
 
-    def inspect(self) -> InspectResult:
-        """Size, bands, georeference and kind of the image."""
-        return _submit(self._tools.inspect_image(self._path, self._bands)).result()
-
     async def ainspect(self) -> InspectResult:
-        return await asyncio.wrap_future(_submit(self._tools.inspect_image(self._path, self._bands)))
-
-    def caption(self, region: Sequence[float] = (), detail: Literal["short", "full"] = "short") -> CaptionResult:
-        """What the region [x1, y1, x2, y2] (empty: the whole image) shows."""
-        return _submit(self._tools.caption(self._path, region, detail, self._bands)).result()
+        """Size, bands, georeference and kind of the image."""
+        return await _shared(self._tools.inspect_image(self._path, self._bands))
 
     async def acaption(self, region: Sequence[float] = (), detail: Literal["short", "full"] = "short") -> CaptionResult:
-        return await asyncio.wrap_future(_submit(self._tools.caption(self._path, region, detail, self._bands)))
-
-    def vqa(self, question: str, region: Sequence[float] = ()) -> VqaResult:
-        """The answer to a question about the region."""
-        return _submit(self._tools.vqa(self._path, question, region, self._bands)).result()
+        """What the region shows, in words."""
+        return await _shared(self._tools.caption(self._path, region, detail, self._bands))
 
     async def avqa(self, question: str, region: Sequence[float] = ()) -> VqaResult:
-        return await asyncio.wrap_future(_submit(self._tools.vqa(self._path, question, region, self._bands)))
-
-    def classify(self, labels: Sequence[str] = (), top_k: int = 5, region: Sequence[float] = ()) -> ClassifyResult:
-        """The region's class among `labels`, or among the model's own classes."""
-        return _submit(self._tools.classify(self._path, labels, top_k, region, self._bands)).result()
+        """The answer to a question about the region."""
+        return await _shared(self._tools.vqa(self._path, question, region, self._bands))
 
     async def aclassify(
         self, labels: Sequence[str] = (), top_k: int = 5, region: Sequence[float] = ()
     ) -> ClassifyResult:
-        return await asyncio.wrap_future(_submit(self._tools.classify(self._path, labels, top_k, region, self._bands)))
-
-    def ground(
-        self,
-        query: str,
-        region: Sequence[float] = (),
-        max_objects: int = 100,
-        min_score: float = 0.0,
-        preview: bool = False,
-    ) -> GroundResult:
-        """Boxes of everything that `query` names, in pixels and on Earth."""
-        return _submit(self._ground(query, region, max_objects, min_score, preview)).result()
+        """The region's class among `labels`, or among the model's own classes."""
+        return await _shared(self._tools.classify(self._path, labels, top_k, region, self._bands))
 
     async def aground(
         self,
@@ -124,41 +126,41 @@ class Image:
         min_score: float = 0.0,
         preview: bool = False,
     ) -> GroundResult:
-        return await asyncio.wrap_future(_submit(self._ground(query, region, max_objects, min_score, preview)))
-
-    def segment(self, classes: Sequence[str], region: Sequence[float] = (), preview: bool = False) -> SegmentResult:
-        """Which pixels are of which class: figures, a mask and its outlines."""
-        return _submit(self._tools.segment(self._path, classes, region, self._bands, preview)).result()
+        """Boxes of everything that `query` names, in pixels and on Earth."""
+        return await _shared(
+            self._tools.ground(self._path, query, region, max_objects, min_score, self._bands, preview)
+        )
 
     async def asegment(
         self, classes: Sequence[str], region: Sequence[float] = (), preview: bool = False
     ) -> SegmentResult:
-        return await asyncio.wrap_future(
-            _submit(self._tools.segment(self._path, classes, region, self._bands, preview))
-        )
-
-    def detect_change(
-        self, after: str | Path, query: str = "", region: Sequence[float] = (), preview: bool = False
-    ) -> DetectChangeResult:
-        """What changed from this image to the later one at `after`; all in pixels of this image."""
-        return _submit(self._change(after, query, region, preview)).result()
+        """Which pixels are of which class: figures, a mask and its outlines."""
+        return await _shared(self._tools.segment(self._path, classes, region, self._bands, preview))
 
     async def adetect_change(
         self, after: str | Path, query: str = "", region: Sequence[float] = (), preview: bool = False
     ) -> DetectChangeResult:
-        return await asyncio.wrap_future(_submit(self._change(after, query, region, preview)))
+        """What changed from this image to the later one at `after`; all in pixels of this image."""
+        both, later = self._with(Path(after))
+        return await _shared(both.detect_change(self._path, later, query, region, self._bands, preview))
 
-    def _ground(
-        self, query: str, region: Sequence[float], max_objects: int, min_score: float, preview: bool
-    ) -> Coroutine[Any, Any, GroundResult]:
-        return self._tools.ground(self._path, query, region, max_objects, min_score, self._bands, preview)
+    def _with(self, other: Path) -> tuple[Tools, str]:
+        """Tools that may also read the other image, which may lie in another folder."""
+        real = other.expanduser().resolve()
+        return self._make_tools(self._file, real), str(real)
 
-    def _change(
-        self, after: str | Path, query: str, region: Sequence[float], preview: bool
-    ) -> Coroutine[Any, Any, DetectChangeResult]:
-        later = Path(after).expanduser().resolve()
-        both = self._make_tools(self._file, later)  # the later image may lie in another folder
-        return both.detect_change(self._path, str(later), query, region, self._bands, preview)
+    inspect = _waiting(ainspect)
+    caption = _waiting(acaption)
+    vqa = _waiting(avqa)
+    classify = _waiting(aclassify)
+    ground = _waiting(aground)
+    segment = _waiting(asegment)
+    detect_change = _waiting(adetect_change)
+
+
+async def _shared(work: Coroutine[Any, Any, _Answer]) -> _Answer:
+    """Work done on the loop that owns the connections, whichever loop waits for it."""
+    return await asyncio.wrap_future(_submit(work))
 
 
 def _submit(work: Coroutine[Any, Any, _Answer]) -> Future[_Answer]:
@@ -181,7 +183,7 @@ class _Background:
 
 
 @cache
-def _client(server: str | None, token: str | None) -> Any:
+def _client(server: str | None, token: str | None) -> ModelClient:
     from rs_tools.client import ModelClient
 
     return ModelClient(server, token)

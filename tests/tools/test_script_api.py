@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ from planted_server import planted_server
 from rasters import BUNDLED, UTM, noise, write
 
 import rs_tools
-from rs_tools.errors import AccessError, InputError
+from rs_tools.errors import AccessError, ArtifactError, InputError
 
 ROAD = BUNDLED / "yellowstone_road.jpg"
 
@@ -73,6 +75,74 @@ async def test_a_script_gets_boxes_masks_and_change_sync_and_async(tmp_path: Pat
     assert (await asyncio.to_thread(scene.detect_change, late)).changed
     assert (await scene.asegment(["water"])).classes == water.classes
     assert {path.parent for path in map(Path, (one.path for one in change.artifacts))} == {tmp_path / "files"}
+
+
+@pytest.fixture
+def bay(tmp_path: Path) -> Path:
+    """A ship and water, at a place on Earth."""
+    image = painted(80, 90, ((10, 10, 20, 15), RED), ((40, 40, 60, 60), BLUE))
+    return write(tmp_path / "bay.tif", image, photometric="RGB", crs="EPSG:32633", transform=UTM)
+
+
+def test_answers_become_dictionaries_geojson_and_geodataframes(bay: Path, server: str) -> None:
+    scene = rs_tools.open(bay, server=server, artifacts=bay.parent / "files")
+    ships = scene.ground("ship")
+    assert json.loads(json.dumps(rs_tools.to_dict(ships)))["objects"][0]["bbox_px"] == [10, 10, 20, 15]
+    [feature] = rs_tools.to_geojson(ships)["features"]
+    assert feature["geometry"]["type"] == "Polygon"
+    assert feature["properties"]["label"] == "ship"
+    table = rs_tools.to_geodataframe(ships)
+    assert table.crs == "EPSG:4326"
+    # 10 x 5 pixels of 10 m, measured where they lie
+    assert table.to_crs("EPSG:32633").area.iloc[0] == pytest.approx(5_000, rel=1e-3)
+    assert set(rs_tools.to_geodataframe(scene.segment(["water"]))["label"]) == {"water"}
+    assert len(rs_tools.to_geodataframe(scene.detect_change(bay))) == 0
+
+
+def test_every_object_is_in_the_geojson_also_those_that_the_answer_does_not_list(tmp_path: Path, server: str) -> None:
+    two = painted(80, 90, ((10, 10, 20, 15), RED), ((40, 40, 60, 60), RED))
+    fleet = write(tmp_path / "two.tif", two, photometric="RGB", crs="EPSG:32633", transform=UTM)
+    ships = rs_tools.open(fleet, server=server, artifacts=tmp_path / "files").ground("ship", max_objects=1)
+    assert len(ships.objects) == 1
+    assert len(rs_tools.to_geojson(ships)["features"]) == 2
+
+
+def test_an_image_without_a_place_gives_pixels_without_a_crs(tmp_path: Path, server: str) -> None:
+    image = write(tmp_path / "a.tif", painted(80, 90, ((10, 10, 20, 15), RED)), photometric="RGB")
+    ships = rs_tools.open(image, server=server, artifacts=tmp_path / "files").ground("ship")
+    assert "pixels" in rs_tools.to_geojson(ships)["coordinate_space"]
+    table = rs_tools.to_geodataframe(ships)
+    assert table.crs is None
+    assert table.total_bounds.tolist() == [10, 10, 20, 15]
+
+
+def test_without_geopandas_the_error_says_how_to_get_it(
+    bay: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ships = rs_tools.open(bay, server=server, artifacts=bay.parent / "files").ground("ship")
+    monkeypatch.setitem(sys.modules, "geopandas", None)  # as Python marks a module that cannot be imported
+    with pytest.raises(ModuleNotFoundError, match=r"rs-perception\[geo\]"):
+        rs_tools.to_geodataframe(ships)
+
+
+def test_vectors_that_are_gone_are_asked_for_again(bay: Path, server: str) -> None:
+    ships = rs_tools.open(bay, server=server, artifacts=bay.parent / "files").ground("ship")
+    Path(ships.artifacts[0].path).unlink()
+    with pytest.raises(ArtifactError, match="ask again"):
+        rs_tools.to_geojson(ships)
+
+
+def test_each_verb_has_an_async_twin_of_the_same_parameters_and_words() -> None:
+    for verb in ("inspect", "caption", "vqa", "classify", "ground", "segment", "detect_change"):
+        sync, twin = getattr(rs_tools.Image, verb), getattr(rs_tools.Image, f"a{verb}")
+        assert inspect.signature(sync) == inspect.signature(twin)
+        assert sync.__doc__ == twin.__doc__
+        assert sync.__name__ == verb
+
+
+def test_importing_the_scripts_module_loads_neither_rasters_nor_the_client() -> None:
+    program = "import sys, rs_tools; assert not {'rasterio', 'httpx', 'numpy', 'pydantic'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_the_tools_never_import_torch() -> None:
