@@ -1,4 +1,6 @@
-"""Change masks against labelled ones (protocol `binary`), and change claimed where nothing changed (`still`)."""
+"""Change masks against labelled ones (protocol `binary`), change claimed where nothing changed (`still`), and what a
+caption of the change claims (`facts`).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import numpy as np
 import torch
 
 from model_server.evaluation.asking import Model, mean_colour, progress
+from model_server.evaluation.change_facts import Pair, add_facts
 from model_server.evaluation.dataset import EvaluatedSet
 from model_server.evaluation.dense_metrics import MaskTally
 from model_server.evaluation.labelled import load_mask
@@ -24,13 +27,16 @@ def evaluate_change(model: Model, data: EvaluatedSet, results: Results) -> None:
         results.notes.append(f"{data.name}: no change masks in split {data.split!r}, so no change row")
         return
     ours, dropped, everything = MaskTally(), MaskTally(), MaskTally()
+    found, blinded = list[Pair](), list[Pair]()
     still = {"identical": MaskTally(), "relit": MaskTally()}
     for number, record in enumerate(progress(records, f"{data.name} change", len(records))):
         before, after = (load_image(path) for path in record.images)
         assert record.change_mask is not None
         truth = load_mask(record.change_mask) > 127
-        ours.add(changed(model, record, before, after), truth)
-        dropped.add(changed(model, record, mean_colour(before), after), truth)
+        found.append((changed(model, record, before, after), truth))
+        blinded.append((changed(model, record, mean_colour(before), after), truth))
+        ours.add(*found[-1])
+        dropped.add(*blinded[-1])
         everything.add(np.ones_like(truth), truth)
         for name, other in (("identical", before), ("relit", _in_other_light(before, number))):
             still[name].add(changed(model, record, before, other), np.zeros_like(truth))
@@ -43,6 +49,7 @@ def evaluate_change(model: Model, data: EvaluatedSet, results: Results) -> None:
         beside = {name: getattr(scores, metric) for name, scores in controls.items()}
         value = getattr(ours.scores(), metric)
         results.rows.append(Row(data.name, data.split, "detect_change", "binary", metric, value, len(records), beside))
+    add_facts(data, found, blinded, results)
     for name, tally in still.items():
         share = tally.false / tally.total
         metric = f"false_change/{name}"

@@ -10,9 +10,8 @@ import numpy as np
 from model_server.evaluation.answering import answers_to
 from model_server.evaluation.asking import Model
 from model_server.evaluation.dataset import EvaluatedSet
-from model_server.evaluation.grounding import as_arrays
 from model_server.evaluation.labelled import box_labels, true_boxes, words_for
-from model_server.evaluation.looking import find
+from model_server.evaluation.looking import as_arrays, find
 from model_server.evaluation.results import Controls, Results, Row
 from model_server.text.answers import normalise
 from model_server.text.questions import plural, singular

@@ -22,9 +22,8 @@ from model_server.evaluation.asking import Model, ask
 from model_server.evaluation.caption_metrics import Cider, tokenize
 from model_server.evaluation.dense_metrics import ImageBoxes, match_boxes
 from model_server.evaluation.gallery_page import SIDE, Page, Panel, draw, reduced
-from model_server.evaluation.grounding import as_arrays
 from model_server.evaluation.labelled import load_mask, mask_values, true_boxes, words_for
-from model_server.evaluation.looking import changed, look, modality, outline
+from model_server.evaluation.looking import as_arrays, changed, look, modality, outline
 from model_server.evaluation.page import put
 from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver, Query
 from model_server.protocol import TaskNotServed, TileCaption, TileClasses, TileObjects, TileVqa

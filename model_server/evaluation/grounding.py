@@ -1,4 +1,6 @@
-"""Boxes of a phrase against all labelled boxes (protocol `map`), and of things that the labels deny (`absent`)."""
+"""Boxes of a phrase against all labelled boxes (protocol `map`), of things that the labels deny (`absent`), and of
+ships where no box is labelled (`elsewhere`).
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,9 @@ from model_server.evaluation.dense_metrics import (
     match_boxes,
     mean_average_precision,
 )
+from model_server.evaluation.elsewhere import evaluate_elsewhere
 from model_server.evaluation.labelled import affirmed, box_labels, denied, other_words, true_boxes, words_for
-from model_server.evaluation.looking import find
+from model_server.evaluation.looking import as_arrays, find
 from model_server.evaluation.results import Controls, Results, Row
 from model_server.protocol import TileObjects
 from model_server.text.concepts import DISTRACTORS
@@ -40,6 +43,7 @@ def evaluate_grounding(model: Model, data: EvaluatedSet, results: Results) -> No
         _detections(model, data, records, labels, results)
     if any(denied(record) for record in records):
         _denials(model, data, records, results)
+    evaluate_elsewhere(model, data, records, results)
 
 
 # --- boxes that are there --------------------------------------------------------------------------------------------
@@ -53,9 +57,9 @@ def _detections(model: Model, data: EvaluatedSet, records: Sequence[Record], lab
     unusual = [text for words in others.values() for text in words]
     find(model, data, records, lambda record: [*texts, *unusual, *denied(record), *affirmed(record)], "objects")
     find(model, data, records, lambda _: texts, "objects, blind", blind=True)
-    ours = _figures({label: found_boxes(data, records, label, words_for(label)) for label in labels})
+    ours = box_figures({label: found_boxes(data, records, label, words_for(label)) for label in labels})
     controls = {
-        "blind": _figures({label: found_boxes(data, records, label, words_for(label), True) for label in labels}),
+        "blind": box_figures({label: found_boxes(data, records, label, words_for(label), True) for label in labels}),
         "constant": _constant(data, records, labels),
     }
     counts = {label: sum(len(true_boxes(record, label)) for record in records) for label in labels}
@@ -64,10 +68,10 @@ def _detections(model: Model, data: EvaluatedSet, records: Sequence[Record], lab
         most = max(map(len, others.values()))
         ways = [{label: words[i % len(words)] for label, words in others.items()} for i in range(most)]
         by_words = [
-            _figures({label: found_boxes(data, records, label, text) for label, text in way.items()}) for way in ways
+            box_figures({label: found_boxes(data, records, label, text) for label, text in way.items()}) for way in ways
         ]
         mean = {metric: float(np.mean([figures[metric] for figures in by_words])) for metric in by_words[0]}
-        usual = _figures({label: found_boxes(data, records, label, words_for(label)) for label in others})
+        usual = box_figures({label: found_boxes(data, records, label, words_for(label)) for label in others})
         counts = {label: counts[label] for label in others}
         results.rows += _rows(data, "map/held-out-phrasing", mean, counts, {"label_words": usual})
 
@@ -84,13 +88,7 @@ def found_boxes(data: EvaluatedSet, records: Sequence[Record], label: str, text:
     return everything, given
 
 
-def as_arrays(answer: TileObjects) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Boxes float64 [N, 4], scores [N], and bool [N]: the score reaches the answer's threshold."""
-    scores = np.array(answer.scores, np.float64)
-    return np.array(answer.boxes, np.float64).reshape(-1, 4), scores, scores >= answer.threshold
-
-
-def _figures(found: Mapping[str, tuple[list[ImageBoxes], list[ImageBoxes]]]) -> Figures:
+def box_figures(found: Mapping[str, tuple[list[ImageBoxes], list[ImageBoxes]]]) -> Figures:
     """Every measure for each label; over labels AP is the mean, as mAP is, and F1 is of all their boxes together."""
     out: Figures = {}
     hits = {metric: np.zeros(3) for metric in F1_IOUS}
@@ -127,7 +125,7 @@ def _constant(data: EvaluatedSet, records: Sequence[Record], labels: Sequence[st
             for r in records
         ]
         found[label] = (images, images)
-    return _figures(found)
+    return box_figures(found)
 
 
 def _rows(data: EvaluatedSet, protocol: str, ours: Figures, counts: Mapping[str, int],

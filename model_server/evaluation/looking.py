@@ -72,7 +72,7 @@ def _cut(queries: Sequence[Query], window: Window) -> list[Query]:
 def _merge(parts: Sequence[tuple[Window, Dense]], height: int, width: int) -> Dense:
     first = parts[0][1]
     if isinstance(first, TileObjects):
-        return _merge_objects([(w, a) for w, a in parts if isinstance(a, TileObjects)])
+        return merge_objects([(w, a) for w, a in parts if isinstance(a, TileObjects)])
     planes = [(w, a.probabilities) for w, a in parts if not isinstance(a, TileObjects)]
     total = np.zeros((*planes[0][1].shape[:-2], height, width), np.float32)
     seen = np.zeros((height, width), np.float32)
@@ -82,7 +82,7 @@ def _merge(parts: Sequence[tuple[Window, Dense]], height: int, width: int) -> De
     return first.model_copy(update={"probabilities": np.rint(total / seen).astype(np.uint8)})
 
 
-def _merge_objects(parts: Sequence[tuple[Window, TileObjects]]) -> TileObjects:
+def merge_objects(parts: Sequence[tuple[Window, TileObjects]]) -> TileObjects:
     """Boxes that end at an edge between windows are taken last: a neighbour has seen more of the object."""
     right, bottom = (max(window[i] for window, _ in parts) for i in (2, 3))
     shifted, partial = [], []
@@ -130,6 +130,12 @@ def find(model: Model, data: EvaluatedSet, records: Sequence[Record], phrases: C
         queries = [Query("ground", image, text=text, gsd_m=record.gsd_m, modality=modality(record)) for text in new]
         for text, answer in zip(new, look(model, queries, TileObjects), strict=True):
             data.found[record.id, text, blind] = answer
+
+
+def as_arrays(answer: TileObjects) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Boxes float64 [N, 4], scores [N], and bool [N]: the score reaches the answer's threshold."""
+    scores = np.array(answer.scores, np.float64)
+    return np.array(answer.boxes, np.float64).reshape(-1, 4), scores, scores >= answer.threshold
 
 
 def outline(model: Model, records: Sequence[Record], phrases: Callable[[Record], Sequence[str]], title: str,

@@ -71,6 +71,12 @@ _PROTOCOLS = {
     "`per_question`: of all pairs of an image and a denied phrase; `distractors`: of those with a thing that no image "
     "of the set holds (wind turbine, elephant, ...). Beside it, how often what the labels affirm is "
     "asserted.",
+    "elsewhere": "ships of sensors and scales whose boxes no training used and nobody labelled. `presence_f1` (and "
+    "`presence_precision`, `presence_recall`): an image is said to hold a ship where one reaches the threshold, "
+    "against the label of the whole image. `centre`: chips with one ship in the middle, the share on which a box at "
+    "the threshold covers it; `centre_length`: one whose longer side is the ship's known length within a factor of 2; "
+    "`off_centre`: the share of points halfway to the corners that a box covers; `boxes`: how many a chip. `n` counts "
+    "images.",
     "miou": "all pixels of all images counted together, at the thresholds of the checkpoint, each class by itself; the "
     "mean leaves out background. `boundary_f1`: boundaries within 0.75 % of the image's diagonal of each other. `n` "
     "counts images.",
@@ -78,6 +84,10 @@ _PROTOCOLS = {
     "binary": "the changed class over all pixels of all pairs, at the threshold of the checkpoint. `n` counts pairs.",
     "still": "the share of pixels called changed, at the same threshold, where nothing changed: an image and itself, "
     "as it is and in other light (contrast, brightness, gamma, colour); lower is better.",
+    "facts": "what the caption of a change claims, each pair as a whole and its four quarters where labels know a "
+    "change (no set has captions of change to compare with). `place`: the largest region lies in the ninth that is "
+    "named; `place_holds`: that ninth holds at least a ninth of the labelled change; `amount`: the changed share is "
+    "right within a factor of 2; `amount_error`: its mean absolute error. `n` counts wholes and quarters.",
     "iou": "phrases made from boxes where they leave no doubt (the largest ship, the car in the upper left), asked as "
     "they are; the best box of the answer, IoU of at least 0.5 or 0.7 in pixels of the image. `n` counts phrases.",
     "vrsbench": "the same phrases and boxes by VRSBench's convention: integers 0 to 100, each of them a pixel wide.",
@@ -106,10 +116,13 @@ _CONTROLS = {
         "": "the model, shown only the mean colour of the image",
     },
     "present": "the share of images on which such a thing is asserted where the labels say that it is there",
+    "whole": "one box, the whole chip",
+    "always": "a ship on every image",
     "label_words": "the same labels in their own words",
     "everything": "every pixel is of the class",
     "all_changed": "every pixel has changed",
     "none_changed": "no pixel has changed",
+    "centre": "the centre and the median labelled share, whatever is seen",
     "dropped_before": "the model, shown only the mean colour of the first image",
     "label_only": "the best box for the label alone, without what singles out the object",
     "text": "the number in the text answer to `How many ... are there?`",

@@ -22,9 +22,8 @@ from model_server.evaluation.asking import Model, ask
 from model_server.evaluation.caption_metrics import cider, tokenize
 from model_server.evaluation.dataset import EvaluatedSet, read_set
 from model_server.evaluation.dense_metrics import ImageBoxes, average_precision
-from model_server.evaluation.grounding import as_arrays
 from model_server.evaluation.labelled import true_boxes, words_for
-from model_server.evaluation.looking import look, modality
+from model_server.evaluation.looking import as_arrays, look, modality
 from model_server.evaluation.plot import line_plot
 from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver, Query
 from model_server.protocol import Task, TaskNotServed, TileCaption, TileClasses, TileObjects

@@ -55,6 +55,7 @@ class Record:
     mask: Path | None = None
     mask_classes: Mapping[int, str] = field(default_factory=dict)
     change_mask: Path | None = None
+    length_m: float | None = None  # of the one ship in the middle of a chip
 
 
 def read_records(data_dir: Path | str, sets: Sequence[str], split: str | None) -> list[Record]:
@@ -142,6 +143,7 @@ def _record(row: dict[str, Any], set_name: str, folder: Path) -> Record:
         mask=folder / row["mask"] if row.get("mask") else None,
         mask_classes={int(value): name for value, name in (row.get("mask_classes") or {}).items()},
         change_mask=folder / row["change_mask"] if row.get("change_mask") else None,
+        length_m=row.get("length_m"),
     )
 
 
