@@ -8,8 +8,11 @@ from pathlib import Path
 from model_server.evaluation.gallery import gallery_section
 from model_server.evaluation.report import embeddings_section
 from model_server.evaluation.scale import scale_section
+from model_server.evaluation.text_boxes import section as text_boxes_section
 
-SECTIONS: tuple[Callable[[Path], list[str]], ...] = (scale_section, embeddings_section, gallery_section)
+SECTIONS: tuple[Callable[[Path], list[str]], ...] = (
+    text_boxes_section, scale_section, embeddings_section, gallery_section,
+)  # fmt: skip
 
 
 def appendix(folder: Path) -> list[str]:
