@@ -148,7 +148,10 @@ def timed_reader(scene: Scene, clock: Clock) -> Scene:
 async def ours(path: Path, side: int, overlap: int, batch: int) -> dict[str, Any]:
     """Read, answer and merge everything, as the tools do it."""
     clock, model = Clock(), KnowingModel(side)
-    scene = timed_reader(Scene.open(AccessPolicy([path.parent]), str(path)), clock)
+    wall, cpu = time.perf_counter(), time.process_time()
+    with clock.stage("reading"):
+        scene = Scene.open(AccessPolicy([path.parent]), str(path))
+    scene = timed_reader(scene, clock)
     plan = tile_grid((0, 0, side, side), MODEL_SIDE, overlap)
     turn = iter(range(len(plan.regions)))
 
@@ -159,7 +162,6 @@ async def ours(path: Path, side: int, overlap: int, batch: int) -> dict[str, Any
         with clock.stage("merging"):
             return [detections(plan, index, found) for index, found in zip(indexes, boxes, strict=True)]
 
-    wall, cpu = time.perf_counter(), time.process_time()
     seen = await stream(scene, Looks(None, plan), ask, seconds=36_000, batch=batch)
     with clock.stage("merging"):
         found = merge(Detections.joined([look.answer for look in seen.looks]))

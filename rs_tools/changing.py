@@ -134,6 +134,8 @@ def _said(painted: Painted | None, shift: Shift | None, query: str) -> list[str]
             f"one ({shift.windows} of {shift.tried} windows agree). It was not moved: thin changes along edges may "
             "come from that."
         )
+    if painted is not None:
+        warnings += painted.warnings
     if painted is not None and len(painted.areas) > MAX_REGIONS:
         warnings.append(
             f"{len(painted.areas)} regions changed; the {MAX_REGIONS} largest are listed, and the vectors file holds "

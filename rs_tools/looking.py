@@ -223,7 +223,7 @@ def _batches(scene: Scene | Pair, looks: Looks, size: int, stopped: threading.Ev
 
 def _tile(region: Region, overview: bool, read: Pixels | PairPixels) -> _Tile:
     mask = read.valid
-    valid = float(mask.mean())
+    valid = _share(mask)
     if valid == 0:
         return _Tile(region, overview, (), mask, 0.0, None)
     colors = [_one_color(rgb, mask, valid) for rgb in _colors(read)]
@@ -234,7 +234,7 @@ def _tile(region: Region, overview: bool, read: Pixels | PairPixels) -> _Tile:
 def shown(read: Pixels | PairPixels) -> tuple[np.ndarray, ...]:
     """What the model is shown of a window with data: one picture, or of a pair two, uint8 [H, W, 3]."""
     mask = read.valid
-    valid = float(mask.mean())
+    valid = _share(mask)
     return tuple(_filled(rgb, mask, valid) for rgb in _colors(read))
 
 
@@ -256,6 +256,10 @@ def _filled(rgb: np.ndarray, mask: np.ndarray, valid: float) -> np.ndarray:
     tile = rgb.copy()
     tile[~mask] = np.rint(rgb[mask].mean(axis=0))
     return tile
+
+
+def _share(mask: np.ndarray) -> float:
+    return np.count_nonzero(mask) / mask.size  # a tenth of the time of mask.mean()
 
 
 def _area(region: Region) -> int:

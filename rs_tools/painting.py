@@ -27,8 +27,10 @@ from rs_tools.results import Artifact, Provenance
 
 MIN_PIXELS = 4  # of an area with an outline; the model's own cells are no smaller
 MAX_AREAS = 20_000  # outlines kept, the largest
+MAX_POINTS = 500_000  # of them together
 _LEVELS = 255
 _BATCH = 512  # areas measured and simplified at once
+_BATCH_POINTS = 100_000
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class Painted:
         mask: its file.
         areas: its connected areas of `MIN_PIXELS` and more, largest first.
         specks: smaller areas, without an outline.
-        left_out: areas beyond `MAX_AREAS`.
+        left_out: areas beyond `MAX_AREAS` and `MAX_POINTS`.
+        cuts: how often an area of very many points is told as two, one above the other.
         highest: the highest probability of each class.
     """
 
@@ -76,7 +79,19 @@ class Painted:
     areas: list[Area]
     specks: int
     left_out: int
+    cuts: int
     highest: list[float]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What to know of the areas."""
+        if not self.cuts:
+            return []
+        cuts = "once" if self.cuts == 1 else f"{self.cuts} times"
+        return [
+            f"An area with a very long outline is told as two, one above the other ({cuts}): there are fewer areas "
+            "than are told, and the mask shows them whole."
+        ]
 
 
 class Painter:
@@ -105,6 +120,8 @@ class Painter:
         self._writer: MaskWriter | None = None
         self._thresholds: Sequence[float] | None = None
         self._fresh: list[Shape] = []
+        self._fresh_points = 0
+        self._points = 0  # of the areas kept
         self._areas: list[tuple[int, int, Area]] = []  # a heap, smallest first; the number keeps areas from comparing
         self._number = 0
         self._height = y2 - y1
@@ -137,7 +154,8 @@ class Painter:
         self._measure()
         self._stack.close()
         areas = [area for _, _, area in sorted(self._areas, key=lambda one: (-one[0], one[1]))]
-        return Painted(writer.artifact, areas, self._outliner.specks, self._number - len(areas), self.highest.tolist())
+        outliner, left_out = self._outliner, self._number - len(areas)
+        return Painted(writer.artifact, areas, outliner.specks, left_out, outliner.cuts, self.highest.tolist())
 
     def close(self) -> None:
         """Remove what is half made; after `finish` there is nothing to do."""
@@ -166,7 +184,8 @@ class Painter:
     def _collect(self, shapes: Iterable[Shape]) -> None:
         for shape in shapes:
             self._fresh.append(shape)
-            if len(self._fresh) == _BATCH:
+            self._fresh_points += _points(shape.polygon)
+            if len(self._fresh) == _BATCH or self._fresh_points > _BATCH_POINTS:
                 self._measure()
 
     def _measure(self) -> None:
@@ -175,10 +194,16 @@ class Painter:
             outline, score = simplified(shape.polygon), min(1.0, shape.score)
             area = Area(shape.value, shape.pixels, score, (x1, y1, x2, y2), outline, shape.area_m2)
             self._number += 1
+            self._points += _points(outline)
             heapq.heappush(self._areas, (shape.pixels, self._number, area))
-            if len(self._areas) > MAX_AREAS:
-                heapq.heappop(self._areas)
-        self._fresh = []
+            while len(self._areas) > MAX_AREAS or (self._points > MAX_POINTS and len(self._areas) > 1):
+                _, _, smallest = heapq.heappop(self._areas)
+                self._points -= _points(smallest.outline)
+        self._fresh, self._fresh_points = [], 0
+
+
+def _points(polygon: shapely.Polygon) -> int:
+    return int(shapely.get_num_coordinates(polygon))
 
 
 class _Unfinished(Exception):

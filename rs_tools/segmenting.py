@@ -32,6 +32,8 @@ def segmented(
         pixels, share, area = figures(painter, value)
         found.append(SegmentedClass(label=label, value=value, pixels=pixels, share=share, area_m2=area))
     warnings = _said(classes, found, knowledge, seen) if painted is not None else []
+    if painted is not None:
+        warnings += painted.warnings
     if painted is not None and painted.left_out:
         warnings.append(f"The vectors file holds the {len(painted.areas)} largest areas; the mask holds all.")
     return SegmentResult(classes=found, **common(call, seen, warnings))

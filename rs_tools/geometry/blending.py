@@ -22,7 +22,7 @@ NODATA = 255  # in a mask
 MAX_CLASSES = 254
 _WEIGHTS = 32  # per axis: 32 * 32 * 255 * 64 tiles over one pixel < 2**24, exact in float32
 _LEVELS = 255
-_BAND_BYTES = 32 * 2**20
+_BAND_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ _STRIP_PIXELS = 2**21  # outlining takes about 20 bytes for each
 _COUNTED_ROWS = 32
 _MOST_POINTS = 100_000  # of an area that goes on
 _MOST_OFF = 1.5  # tolerances
+_CHECKED = 8192  # points at once: each is an object of its own
 _AREA_TOLERANCE = 0.01  # pixels
 _BATCH_POINTS = 100_000  # that are placed at once
 _WORLDS = range(-2, 3)  # turns around the Earth that a ring may have run on
@@ -220,8 +221,10 @@ def simplified(polygon: shapely.Polygon, tolerance: float = 1.0) -> shapely.Poly
     # To stay valid shapely may move an outline further than it was told; its new points are all old ones.
     outline = simple.boundary
     shapely.prepare(outline)
-    old = shapely.points(shapely.get_coordinates(polygon))
-    return simple if shapely.dwithin(outline, old, _MOST_OFF * tolerance).all() else polygon
+    old = shapely.get_coordinates(polygon)
+    parts = (shapely.points(old[first : first + _CHECKED]) for first in range(0, len(old), _CHECKED))
+    near = all(shapely.dwithin(outline, part, _MOST_OFF * tolerance).all() for part in parts)
+    return simple if near else polygon
 
 
 def measured(found: Sequence[Shape], georeference: Georeference | None) -> list[Shape]:

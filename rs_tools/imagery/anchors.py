@@ -165,7 +165,7 @@ def _vectors_at(dataset: DatasetReader, path: Path, lonlat: np.ndarray) -> np.nd
     cells = np.floor(xy[inside]).astype(int)
     for members in _by_block(dataset, cells):
         (left, top), (right, bottom) = cells[members].min(0), cells[members].max(0) + 1
-        window = Window(left, top, right - left, bottom - top)  # type: ignore[reportCallIssue]
+        window = Window.from_slices((top, bottom), (left, right))
         raw = dataset.read(bands, window=window)[:, cells[members, 1] - top, cells[members, 0] - left].T  # [n, 64]
         vectors[inside[members]] = dequantise(raw) if raw.dtype == np.int8 else _decimal(raw, dataset.nodata)
     return vectors

@@ -14,7 +14,6 @@ from pathlib import PurePath
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from rasterio.enums import MaskFlags, Resampling
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
@@ -22,8 +21,9 @@ from rs_tools.errors import ImageError, RegionError
 from rs_tools.geometry.measures import Georeference
 from rs_tools.imagery.access import AccessPolicy, Source, Stamp, stamp_of
 from rs_tools.imagery.bands import BandChoice, BandInfo, choose_bands, guess_modality
-from rs_tools.imagery.formats import CACHE_BYTES, ByteSource, pixel_bytes
+from rs_tools.imagery.formats import ByteSource
 from rs_tools.imagery.placing import Place, placed
+from rs_tools.imagery.reading import BandReader, eight_bit, window_of
 from rs_tools.imagery.remote import RemoteFile
 from rs_tools.imagery.stretch import Stretch, fit_stretch
 from rs_tools.results import Modality
@@ -37,8 +37,6 @@ _SAMPLE_WINDOWS = 8  # per axis
 _SAMPLE_WINDOW_SIDE = 64
 _DIGEST_CHUNK = 64 * 1024
 _DIGEST_CHUNKS = 64
-_SUPERSAMPLING = 4
-_UNDECLARED = 1e37  # nothing measures as much: the largest decimals stand for missing pixels
 _DESCRIPTION = 200  # characters of a band's description
 
 
@@ -178,10 +176,11 @@ class Scene:
         def read(region: Region, out_size: tuple[int, int]) -> Pixels:
             self._check_unchanged()
             x1, y1, x2, y2 = region
-            return self._shown(*_read(dataset, self.choice, _window(x1, y1, x2 - x1, y2 - y1), out_size))
+            return self._shown(*bands.read(window_of(x1, y1, x2 - x1, y2 - y1), out_size))
 
         self._check_unchanged()
         with self._policy.open(self.source) as dataset:
+            bands = BandReader(dataset, self.choice)
             yield read
 
     def _check_unchanged(self) -> None:
@@ -193,7 +192,8 @@ class Scene:
         if self.stretch.palette is not None:
             index = np.clip(values[0], 0, len(self.stretch.palette) - 1).astype(np.intp)
             valid = valid & (self.stretch.palette[index, 3] > 0)
-        rgb[~valid] = 0
+        if not valid.all():
+            rgb[~valid] = 0
         return Pixels(rgb, valid)
 
 
@@ -208,9 +208,10 @@ def _band_infos(dataset: DatasetReader) -> tuple[BandInfo, ...]:
 
 def _sample(dataset: DatasetReader, choice: BandChoice) -> np.ndarray | None:
     """Valid values [C, N] of the chosen bands from all over the scene; None where colours need no stretch."""
-    if _is_palette(dataset, choice) or (_eight_bit(dataset, choice) and choice.declared):
+    if _is_palette(dataset, choice) or (eight_bit(dataset, choice) and choice.declared):
         return None
-    parts = [_read(dataset, choice, window, size) for window, size in _sample_windows(dataset)]
+    bands = BandReader(dataset, choice)
+    parts = [bands.read(window, size) for window, size in _sample_windows(dataset)]
     return np.concatenate([values[:, valid] for values, valid in parts], axis=1)
 
 
@@ -225,15 +226,11 @@ def _stretch(dataset: DatasetReader, choice: BandChoice, sample: np.ndarray | No
         return Stretch("palette", palette=table)
     if sample is None:
         return Stretch("none")
-    return fit_stretch(sample, eight_bit=_eight_bit(dataset, choice), radar=radar)
+    return fit_stretch(sample, eight_bit=eight_bit(dataset, choice), radar=radar)
 
 
 def _is_palette(dataset: DatasetReader, choice: BandChoice) -> bool:
     return len(choice.indexes) == 1 and dataset.colorinterp[choice.indexes[0] - 1].name == "palette"
-
-
-def _eight_bit(dataset: DatasetReader, choice: BandChoice) -> bool:
-    return all(dataset.dtypes[index - 1] == "uint8" for index in choice.indexes)
 
 
 def _sample_windows(dataset: DatasetReader) -> Iterator[tuple[Window, tuple[int, int]]]:
@@ -242,99 +239,12 @@ def _sample_windows(dataset: DatasetReader) -> Iterator[tuple[Window, tuple[int,
     shrunk = max([1, *dataset.overviews(1)])
     if width * height / shrunk**2 <= _SAMPLE_WHOLE:
         scale = max(1.0, max(width, height) / _SAMPLE_SIDE)
-        yield _window(0, 0, width, height), (max(1, round(width / scale)), max(1, round(height / scale)))
+        yield window_of(0, 0, width, height), (max(1, round(width / scale)), max(1, round(height / scale)))
         return
     side_x, side_y = min(_SAMPLE_WINDOW_SIDE, width), min(_SAMPLE_WINDOW_SIDE, height)
     for y in np.linspace(0, height - side_y, _SAMPLE_WINDOWS).astype(int).tolist():
         for x in np.linspace(0, width - side_x, _SAMPLE_WINDOWS).astype(int).tolist():
-            yield _window(x, y, side_x, side_y), (side_x, side_y)
-
-
-def _window(x: float, y: float, width: float, height: float) -> Window:
-    return Window(x, y, width, height)  # type: ignore[reportCallIssue]  # declared in a way that pyright cannot read
-
-
-def _read(
-    dataset: DatasetReader, choice: BandChoice, window: Window, out_size: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Band values [C, H, W], uint8 as they are and others as float32, and validity bool [H, W] of a window.
-
-    Integers are averaged by GDAL, which leaves out nodata; a palette keeps its exact values. GDAL does not leave out
-    NaN that the file does not declare, nor can it take the magnitude of complex values, so decimal and complex values
-    are averaged here.
-    """
-    first = choice.indexes[0] - 1
-    dtype = dataset.dtypes[first]
-    palette = dataset.colorinterp[first].name == "palette"
-    eight_bit = all(dataset.dtypes[index - 1] == "uint8" for index in choice.indexes)
-    values = np.empty((len(choice.indexes), out_size[1], out_size[0]), np.uint8 if eight_bit else np.float32)
-    valid = np.empty(values.shape[1:], bool)
-    for rows, columns, part in _parts(dataset, window, out_size):
-        size = columns.stop - columns.start, rows.stop - rows.start
-        if "int" in dtype and not dtype.startswith("complex"):
-            resampling = Resampling.nearest if palette else Resampling.average
-            read = _read_integers(dataset, choice, part, size, resampling)
-        else:
-            read = _read_decimals(dataset, choice, part, size)
-        values[:, rows, columns], valid[rows, columns] = read
-    return values, valid
-
-
-def _parts(dataset: DatasetReader, window: Window, out_size: tuple[int, int]) -> Iterator[tuple[slice, slice, Window]]:
-    """Rows and columns of the output with the part of the window that they show.
-
-    A part fits GDAL's block cache, so that reading its bands and masks one after the other decodes each block once.
-    """
-    width, height = out_size
-    scale_x, scale_y = window.width / width, window.height / height
-    shrunk = max((factor for factor in dataset.overviews(1) if 1 <= factor <= min(scale_x, scale_y)), default=1)
-    block_height, block_width = (side * shrunk for side in dataset.block_shapes[0])
-    pixels = CACHE_BYTES / 3 / pixel_bytes(dataset) * shrunk**2
-    part_width = min(window.width, max(block_width, pixels**0.5))
-    part_height = max(block_height, pixels / part_width)
-    columns, rows = max(1, int(part_width / scale_x)), max(1, int(part_height / scale_y))
-    for top in range(0, height, rows):
-        bottom = min(top + rows, height)
-        for left in range(0, width, columns):
-            right = min(left + columns, width)
-            x, y = window.col_off + left * scale_x, window.row_off + top * scale_y
-            part = _window(x, y, (right - left) * scale_x, (bottom - top) * scale_y)
-            yield slice(top, bottom), slice(left, right), part
-
-
-def _read_integers(
-    dataset: DatasetReader, choice: BandChoice, window: Window, out_size: tuple[int, int], resampling: Resampling
-) -> tuple[np.ndarray, np.ndarray]:
-    shape = (len(choice.indexes), out_size[1], out_size[0])
-    values = dataset.read(list(choice.indexes), window=window, out_shape=shape, resampling=resampling)
-    return values, _valid(dataset, choice, window, shape)
-
-
-def _read_decimals(
-    dataset: DatasetReader, choice: BandChoice, window: Window, out_size: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    width, height = out_size
-    fine_x = max(1, min(_SUPERSAMPLING, int(window.width // width)))
-    fine_y = max(1, min(_SUPERSAMPLING, int(window.height // height)))
-    shape = (len(choice.indexes), height * fine_y, width * fine_x)
-    values = dataset.read(list(choice.indexes), window=window, out_shape=shape)
-    if np.iscomplexobj(values):
-        values = np.abs(values)
-    # False for NaN as well
-    valid = _valid(dataset, choice, window, shape) & (np.abs(values) < _UNDECLARED).all(axis=0)
-    cells = (height, fine_y, width, fine_x)
-    count = valid.reshape(cells).sum(axis=(1, 3))
-    total = np.where(valid, values, 0).reshape(len(values), *cells).sum(axis=(2, 4), dtype=np.float64)
-    return (total / np.maximum(count, 1)).astype(np.float32), count > 0
-
-
-def _valid(dataset: DatasetReader, choice: BandChoice, window: Window, shape: tuple[int, int, int]) -> np.ndarray:
-    """A pixel is valid where any shown band is: with nodata 0, black in one band alone is a colour."""
-    flags = dataset.mask_flag_enums  # of all bands, made anew at each access
-    if all(MaskFlags.all_valid in flags[index - 1] for index in choice.indexes):
-        return np.ones(shape[1:], bool)
-    masks = dataset.read_masks(list(choice.indexes), window=window, out_shape=shape)
-    return (masks > 0).any(axis=0)
+            yield window_of(x, y, side_x, side_y), (side_x, side_y)
 
 
 def _warnings(dataset: DatasetReader, choice: BandChoice, place: Place) -> Iterator[str]:

@@ -39,7 +39,10 @@ class Stretch:
         return f"{self.kind}, percentiles {_PERCENTILES[0]:g} to {_PERCENTILES[1]:g} of the scene: {limits}"
 
     def apply(self, values: np.ndarray) -> np.ndarray:
-        """uint8 [H, W, 3] of band values [C, H, W], C = 1 or 3. Values of invalid pixels come out arbitrary."""
+        """uint8 [H, W, 3] of band values [C, H, W], C = 1 or 3; it may be their memory.
+
+        Values of invalid pixels come out arbitrary.
+        """
         if self.palette is not None:
             index = np.clip(np.nan_to_num(values[0]), 0, len(self.palette) - 1).astype(np.intp)
             return self.palette[index, :3]
@@ -47,7 +50,12 @@ class Stretch:
             tile = values
         else:
             tile = np.clip(np.rint(self._stretched(values)), 0, 255).astype(np.uint8)
-        return np.array(np.broadcast_to(tile, (3, *tile.shape[1:])).transpose(1, 2, 0), order="C")
+        if len(tile) == 3 and (picture := tile.transpose(1, 2, 0)).flags.c_contiguous:
+            return picture
+        rgb = np.empty((*tile.shape[1:], 3), np.uint8)
+        for channel, band in enumerate(np.broadcast_to(tile, (3, *tile.shape[1:]))):  # much faster than as a whole
+            rgb[..., channel] = band
+        return rgb
 
     def _stretched(self, values: np.ndarray) -> np.ndarray:
         if self.kind == "none":

@@ -253,7 +253,7 @@ def test_reading_in_parts_gives_what_reading_at_once_gives(
     scene = opened(write(tmp_path / "a.tif", values, photometric="RGB", nodata=0, **layout))
     region, size = (3, 5, 517, 333), (171, 109)
     at_once = scene.read(region, size)
-    monkeypatch.setattr("rs_tools.imagery.scene.CACHE_BYTES", 100_000)
+    monkeypatch.setattr("rs_tools.imagery.reading.CACHE_BYTES", 100_000)
     in_parts = scene.read(region, size)
     np.testing.assert_allclose(in_parts.rgb.astype(int), at_once.rgb.astype(int), atol=1)
     np.testing.assert_array_equal(in_parts.valid, at_once.valid)

@@ -1,0 +1,120 @@
+"""Windows of an open raster as band values: averaged where reduced, missing pixels left out, in parts that fit memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from rasterio.enums import MaskFlags, Resampling
+from rasterio.io import DatasetReader
+from rasterio.windows import Window
+
+from rs_tools.imagery.bands import BandChoice
+from rs_tools.imagery.formats import CACHE_BYTES, pixel_bytes
+
+_SUPERSAMPLING = 4
+_UNDECLARED = 1e37  # nothing measures as much: the largest decimals stand for missing pixels
+
+
+def window_of(x: float, y: float, width: float, height: float) -> Window:
+    """A window from its upper left corner and size; they may be fractions of pixels."""
+    return Window(x, y, width, height)  # pyright: ignore[reportCallIssue]  # attrs without types, which hides them
+
+
+class BandReader:
+    """Reads the chosen bands of an open raster. What the raster says of itself is asked once: GDAL takes its time.
+
+    Args:
+        dataset: stays open as long as this is used, in one thread.
+        choice: which bands.
+    """
+
+    def __init__(self, dataset: DatasetReader, choice: BandChoice) -> None:
+        self._dataset = dataset
+        self._bands = list(choice.indexes)
+        first = self._bands[0] - 1
+        kind = dataset.dtypes[first]
+        self._integers = "int" in kind and not kind.startswith("complex")
+        palette = dataset.colorinterp[first].name == "palette"
+        self._resampling = Resampling.nearest if palette else Resampling.average
+        self._dtype = np.uint8 if eight_bit(dataset, choice) else np.float32
+        flags = dataset.mask_flag_enums
+        self._complete = all(MaskFlags.all_valid in flags[index - 1] for index in self._bands)
+        self._overviews = dataset.overviews(1)
+        self._block: tuple[int, int] = dataset.block_shapes[0]
+        self._part_pixels = CACHE_BYTES / 3 / pixel_bytes(dataset)
+
+    def read(self, window: Window, out_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Band values [C, H, W], uint8 as they are and others as float32, and validity bool [H, W] of a window.
+
+        Integers are averaged by GDAL, which leaves out nodata; a palette keeps its exact values. GDAL does not leave
+        out NaN that the file does not declare, nor can it take the magnitude of complex values, so decimal and complex
+        values are averaged here.
+        """
+        # Each pixel's bands side by side, as pictures are wanted and as most files have them.
+        values = np.empty((out_size[1], out_size[0], len(self._bands)), self._dtype).transpose(2, 0, 1)
+        valid = np.empty(values.shape[1:], bool)
+        read = self._read_integers if self._integers else self._read_decimals
+        for rows, columns, part in self._parts(window, out_size):
+            read(part, values[:, rows, columns], valid[rows, columns])
+        return values, valid
+
+    def _parts(self, window: Window, out_size: tuple[int, int]) -> Iterator[tuple[slice, slice, Window]]:
+        """Rows and columns of the output with the part of the window that they show.
+
+        A part fits GDAL's block cache, so that reading its bands and masks one after the other decodes each block once.
+        """
+        width, height = out_size
+        scale_x, scale_y = window.width / width, window.height / height
+        shrunk = max((factor for factor in self._overviews if 1 <= factor <= min(scale_x, scale_y)), default=1)
+        block_height, block_width = (side * shrunk for side in self._block)
+        pixels = self._part_pixels * shrunk**2
+        part_width = min(window.width, max(block_width, pixels**0.5))
+        part_height = max(block_height, pixels / part_width)
+        columns, rows = max(1, int(part_width / scale_x)), max(1, int(part_height / scale_y))
+        if columns >= width and rows >= height:
+            yield slice(0, height), slice(0, width), window
+            return
+        for top in range(0, height, rows):
+            bottom = min(top + rows, height)
+            for left in range(0, width, columns):
+                right = min(left + columns, width)
+                x, y = window.col_off + left * scale_x, window.row_off + top * scale_y
+                part = window_of(x, y, (right - left) * scale_x, (bottom - top) * scale_y)
+                yield slice(top, bottom), slice(left, right), part
+
+    def _read_integers(self, window: Window, values: np.ndarray, valid: np.ndarray) -> None:
+        wanted: dict[str, Any] = {"window": window, "resampling": self._resampling}
+        if self._dtype is np.uint8:
+            self._dataset.read(self._bands, out=values, **wanted)
+        else:
+            values[:] = self._dataset.read(self._bands, out_shape=values.shape, **wanted)
+        valid[:] = self._valid(window, values.shape)
+
+    def _read_decimals(self, window: Window, values: np.ndarray, valid: np.ndarray) -> None:
+        bands, height, width = values.shape
+        fine_x = max(1, min(_SUPERSAMPLING, int(window.width // width)))
+        fine_y = max(1, min(_SUPERSAMPLING, int(window.height // height)))
+        shape = (bands, height * fine_y, width * fine_x)
+        fine = self._dataset.read(self._bands, window=window, out_shape=shape)
+        if np.iscomplexobj(fine):
+            fine = np.abs(fine)
+        # False for NaN as well
+        known = self._valid(window, shape) & (np.abs(fine) < _UNDECLARED).all(axis=0)
+        cells = (height, fine_y, width, fine_x)
+        count = np.sum(known.reshape(cells), axis=(1, 3))
+        total = np.where(known, fine, 0).reshape(bands, *cells).sum(axis=(2, 4), dtype=np.float64)
+        values[:] = total / np.maximum(count, 1)
+        valid[:] = count > 0
+
+    def _valid(self, window: Window, shape: tuple[int, ...]) -> np.ndarray | bool:
+        """A pixel is valid where any shown band is: with nodata 0, black in one band alone is a colour."""
+        if self._complete:
+            return True
+        masks = self._dataset.read_masks(self._bands, window=window, out_shape=shape)
+        return (masks > 0).any(axis=0)
+
+
+def eight_bit(dataset: DatasetReader, choice: BandChoice) -> bool:
+    return all(dataset.dtypes[index - 1] == "uint8" for index in choice.indexes)
