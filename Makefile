@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint conformance clean
 
 help:
 	@echo "make demo [IMAGE=path]  run every tool over MCP on the bundled scenes, or on IMAGE; report in out/demo/"
 	@echo "make test [ARGS=...]    run the tests"
 	@echo "make lint               ruff and pyright"
+	@echo "make conformance        the official suite and inspector of MCP; needs npm [ARGS=--or-skip or names of legs]"
 	@echo "make clean              remove reports and caches (keeps $(VENV))"
 
 setup: $(INSTALLED)
@@ -31,6 +32,9 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+conformance: $(INSTALLED)
+	$(BIN)/python conformance/run.py $(ARGS)
 
 clean:
 	rm -rf out .pytest_cache .ruff_cache .hypothesis
