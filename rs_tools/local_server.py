@@ -184,7 +184,8 @@ def _start(weights: str | None, log: Path) -> LocalServer:
     arguments = [sys.executable, "-P", "-m", "model_server.app", "--port", "0", "--token-file", "-"]
     arguments += ["--idle-exit", str(IDLE_EXIT_S)]
     if weights:
-        arguments += ["--weights", str(Path(weights).expanduser().resolve())]
+        path = Path(weights).expanduser()
+        arguments += ["--weights", str(path.resolve()) if path.exists() else weights]  # which may be an id on the hub
     with contextlib.suppress(FileNotFoundError):
         log.replace(log.with_suffix(".log.old"))  # why the previous one ended
     with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stderr:

@@ -27,7 +27,7 @@ class PlainDialect:
     pixel of a picture of some width and height.
     """
 
-    tasks = TASKS
+    tasks: tuple[Task, ...] = TASKS
 
     def __init__(self, name: str, grounding: str, read: Reader, scale: Callable[[int, int], float]) -> None:
         self.name = name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +20,10 @@ CASES = (
 ).split()
 
 
-def trained(**config: float) -> TokenModulation:
+def trained(**config: Any) -> TokenModulation:
     """For tokens of 8 channels, its last layer no longer zero."""
     torch.manual_seed(0)
-    module = TokenModulation(ModulationConfig(**config), 8)  # type: ignore[reportArgumentType]
+    module = TokenModulation(ModulationConfig(**config), 8)
     torch.nn.init.normal_(list(module.parameters())[-2], std=0.1)
     return module
 
@@ -126,6 +127,6 @@ def test_tokens_that_do_not_fit_the_grid_are_refused(tokens: int, grid: tuple[in
 
 
 @pytest.mark.parametrize("wrong", [{"sigma": 0.0}, {"normalise": "thrice"}, {"span": ""}, {"resize": "cubic"}])
-def test_an_unknown_form_is_refused(wrong: dict[str, object]) -> None:
+def test_an_unknown_form_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be"):
-        ModulationConfig(**wrong)  # type: ignore[reportArgumentType]
+        ModulationConfig(**wrong)

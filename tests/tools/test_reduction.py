@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -259,10 +260,12 @@ def test_parts_that_say_the_same_are_told_together() -> None:
 
 
 @pytest.mark.parametrize(("detail", "sentences"), [("short", 3), ("full", 5)])
-def test_a_caption_stays_short_however_many_parts_there_are(detail: str, sentences: int) -> None:
+def test_a_caption_stays_short_however_many_parts_there_are(
+    detail: Literal["short", "full"], sentences: int
+) -> None:
     words = ["boats", "trees", "houses", "planes", "cars", "tanks", "roads", "bridges", "lakes"]
     looks = captions("A desert.", *(f"Many {word}. The scene looks like {word}." for word in words))
-    found = reduce_captions(looks, detail)  # type: ignore[arg-type]
+    found = reduce_captions(looks, detail)
     assert found.caption.count(".") == sentences
 
 

@@ -48,7 +48,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: Server  # type: ignore[reportIncompatibleVariableOverride]
+    server: Server  # type: ignore[reportIncompatibleVariableOverride] (only a Server makes handlers)
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
@@ -84,9 +84,9 @@ class ToServer(httpcore.SyncBackend):
         super().__init__()
         self.port, self.asked = port, []
 
-    def connect_tcp(self, host: str, port: int, *args: object, **kwargs: object) -> httpcore.NetworkStream:
+    def connect_tcp(self, host: str, port: int, *args: Any, **kwargs: Any) -> httpcore.NetworkStream:
         self.asked.append((host, port))
-        return super().connect_tcp("127.0.0.1", self.port, *args, **kwargs)  # type: ignore[arg-type]
+        return super().connect_tcp("127.0.0.1", self.port, *args, **kwargs)
 
 
 @pytest.fixture(scope="module")
