@@ -40,7 +40,7 @@ class Unavailable(Exception):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("legs", nargs="*", metavar="LEG", help=f"{', '.join(LEGS)} (default: all)")
-    parser.add_argument("--or-skip", action="store_true", help="pass, and say so, where npm or its packages are not here")
+    parser.add_argument("--or-skip", action="store_true", help="pass, saying so, where npm or packages are missing")
     options = parser.parse_args()
     if unknown := set(options.legs) - set(LEGS):
         parser.error(f"no such leg: {', '.join(unknown)}; there are {', '.join(LEGS)}")
