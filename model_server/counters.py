@@ -95,7 +95,6 @@ class Counters:
     batches: int = 0
     shared_batches: int = 0
     largest_batch: int = 0
-    halvings: int = 0
     tokens: int = 0
     steps: int = 0
     batch_tiles: Histogram = field(default_factory=lambda: Histogram(SIZES))

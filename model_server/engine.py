@@ -1,9 +1,10 @@
 """One owner of the device: requests of many callers become mixed batches over one resident model.
 
-The event loop owns the queue, one worker thread owns the model; nothing is shared between them but the batch in
-hand, so there are no locks. A batch starts the moment the previous one ends, with whatever waits by then: an idle
-engine answers at once, a loaded one batches by itself. Tiles are taken from the waiting requests in turn, so a
-large scene cannot make a short question wait for all of its tiles.
+The event loop owns the queue, one worker thread owns the model; they pass each other one piece of work at a time, so
+there are no locks. A piece is a pass, which takes new tiles in, or a step, which writes one more token of every answer
+in words that is under way. Passes and steps alternate, so that requests join and leave at every token: a short answer
+does not wait for a long one, nor a question for all the tiles of a large scene. An idle engine answers at once, a
+loaded one batches by itself. Interactive work goes before bulk work, which has a share of the device all the same.
 
 The engine knows nothing about rasters, HTTP or text.
 """
@@ -13,17 +14,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import asdict, dataclass, field
+from typing import Literal, TypeVar
 
 import numpy as np
 
-from model_server.counters import Counters, EngineMetrics
+from model_server.counters import CacheValues, Counters, EngineMetrics
+from model_server.device import CANDIDATES, Begun, Device, Outcome, Room, Stepped
+from model_server.engine_errors import (
+    DeadlinePassed,
+    EngineBusy,
+    EngineClosing,
+    EngineError,
+    EngineNotReady,
+    QueryFailed,
+)
 from model_server.protocol import (
-    DENSE_TASKS,
     MAX_TILES,
     PerceiveRequest,
     PerceiveResponse,
@@ -36,78 +44,33 @@ from model_server.protocol import (
     TileMasks,
     TileObjects,
     TileVqa,
+    Wire,
 )
+from model_server.query import Query
+from model_server.resident import Resident
+from model_server.scheduler import PRIORITIES, Job, Scheduler, Shares
 
-if TYPE_CHECKING:  # the model brings torch, which takes seconds to import: only the worker thread pays for it
-    from model_server.query import Query
-    from model_server.resident import Resident
+__all__ = [
+    "DeadlinePassed", "Engine", "EngineBusy", "EngineClosing", "EngineError", "EngineNotReady", "QueryFailed",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-MAX_BATCH = 16
-DENSE_COST = 4  # places in a batch of a tile whose pixels are answered: it takes about so many times as long
 MAX_WAITING = 2 * MAX_TILES
 MAX_CALLS = 32  # of `Engine.call` at a time
-
-
-class EngineError(Exception):
-    """Base of what `Engine.perceive` raises."""
-
-
-class EngineBusy(EngineError):
-    """The queue is full; `retry_after_s` is about the time it takes to empty."""
-
-    def __init__(self, waiting: int, retry_after_s: float) -> None:
-        super().__init__(f"{waiting} tiles wait already; try again in {retry_after_s:.0f} s")
-        self.retry_after_s = retry_after_s
-
-
-class EngineNotReady(EngineError):
-    """The model is still loading, or could not be loaded."""
-
-
-class EngineClosing(EngineNotReady):
-    """The engine answers what it has and takes nothing more."""
-
-
-class DeadlinePassed(EngineError):
-    """The answer was not there in time; what was left of the work is dropped. Items are tiles, or pairs of them."""
-
-    def __init__(self, deadline_s: float, done: int, items: int) -> None:
-        super().__init__(
-            f"the deadline of {deadline_s:g} s passed with {done} of {items} tiles answered: give more time, or ask "
-            "for a smaller region"
-        )
-        self.done, self.items = done, items
-
-
-class QueryFailed(EngineError):
-    """The model failed on a tile of this very request."""
+WORDS = ("caption", "vqa")  # written token by token
+NO_CACHE: CacheValues = {"hits": 0, "misses": 0, "evictions": 0, "entries": 0, "bytes": 0, "limit_bytes": 0}
 
 
 @dataclass(eq=False)
-class _Job:
-    """One request in the queue: its items, each a tile or a pair of tiles; those before `taken` have gone to the
-    device."""
+class _Job(Job):
+    """A request with the future that its caller waits for, which is not done before all items are answered."""
 
-    request: PerceiveRequest
-    items: Sequence[tuple[np.ndarray, ...]]
-    done: asyncio.Future[None]
-    priority: Priority
+    done: asyncio.Future[None] = field(kw_only=True)
+    arrived: float = field(default_factory=time.perf_counter)
     answers: dict[int, TileAnswer] = field(default_factory=dict)
-    taken: int = 0
-
-    @property
-    def waiting(self) -> int:
-        """Tiles that have not gone to the device yet."""
-        return sum(len(item) for item in self.items[self.taken :])
-
-    @property
-    def cost(self) -> int:
-        """Places in a batch that an item of it takes."""
-        return len(self.items[0]) * (DENSE_COST if self.request.task in DENSE_TASKS else 1)
 
 
 class Engine:
@@ -115,12 +78,14 @@ class Engine:
 
     Args:
         load: makes the model, warmed up; runs in the worker thread.
-        max_batch: places in one batch: tiles, where one that is answered pixel by pixel takes `DENSE_COST` of them.
-        max_waiting: most tiles in the queue; a request beyond it is refused with `EngineBusy`.
+        max_batch: places in one pass: new tiles, where one that is answered pixel by pixel takes `device.DENSE_COST` of
+            them. None = what suits the model.
+        max_waiting: most tiles in the queue, of each priority; a request beyond it is refused with `EngineBusy`. A
+            named caller may have half of them.
     """
 
     def __init__(
-        self, load: Callable[[], Resident], *, max_batch: int = MAX_BATCH, max_waiting: int = MAX_WAITING
+        self, load: Callable[[], Resident], *, max_batch: int | None = None, max_waiting: int = MAX_WAITING
     ) -> None:
         self.stats = Counters()
         self.perceiver: Resident | None = None
@@ -128,18 +93,30 @@ class Engine:
         self._max_batch = max_batch
         self._max_waiting = max_waiting
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
-        self._queue: deque[_Job] = deque()
+        self._owner: Device | None = None
+        self._scheduler = Scheduler()
+        self._shares = Shares()
+        self._room: Room = {}
+        self._taking: list[tuple[_Job, int]] = []  # the pass under way
+        self._writing: dict[Priority, dict[Hashable, tuple[_Job, int]]] = {priority: {} for priority in PRIORITIES}
+        self._unwanted: list[Hashable] = []  # written for callers that have left
+        self._took_last: dict[Priority, bool] = dict.fromkeys(PRIORITIES, False)
         self._arrived = asyncio.Event()
         self._closing = False
         self._dispatcher: asyncio.Task[None] | None = None
         self._seconds_per_tile = 0.1
+        self._busy_s = 0.0
         self._calls = 0
 
     async def start(self) -> None:
         """Load the model and begin to answer. Raises what `load` raises."""
-        perceiver = await asyncio.get_running_loop().run_in_executor(self._device, self._load)
-        self.perceiver = perceiver
-        self._dispatcher = asyncio.create_task(self._dispatch(perceiver))
+        loop = asyncio.get_running_loop()
+        self.perceiver = await loop.run_in_executor(self._device, self._load)
+        self._owner = owner = Device(self.perceiver, self._max_batch)
+        self._room = owner.room()
+        if owner.model.plan is not None:
+            logger.info("memory %s", owner.model.plan)
+        self._dispatcher = asyncio.create_task(self._dispatch(owner))
 
     async def close(self) -> None:
         """Refuse new requests, answer the waiting ones, release the worker thread."""
@@ -156,18 +133,17 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Tiles that wait in the queue, those on the device not counted."""
-        return sum(job.waiting for job in self._queue)
+        return sum(self._scheduler.waiting(priority) for priority in PRIORITIES)
 
     def metrics(self) -> EngineMetrics:
-        c = self.stats
-        waiting: dict[Priority, int] = {"interactive": 0, "bulk": 0}
-        for job in self._queue:
-            waiting[job.priority] += job.waiting
+        c, owner = self.stats, self._owner
+        plan = None if owner is None else owner.model.plan
+        writing = [item for written in self._writing.values() for item in written.values()]
         return {
             "waiting": self.waiting,
-            "waiting_by_priority": waiting,
-            "on_device": 0,
-            "decoding": 0,
+            "waiting_by_priority": {priority: self._scheduler.waiting(priority) for priority in PRIORITIES},
+            "on_device": sum(job.queries[index].tiles for job, index in (*self._taking, *writing)),
+            "decoding": len(writing),
             "requests": dict(c.requests),
             "rejections": dict(c.rejections),
             "cancellations": c.cancellations,
@@ -177,7 +153,7 @@ class Engine:
             "batches": c.batches,
             "shared_batches": c.shared_batches,
             "largest_batch": c.largest_batch,
-            "halvings": c.halvings,
+            "halvings": 0 if owner is None else owner.halvings,
             "tokens": c.tokens,
             "steps": c.steps,
             "batch_tiles": c.batch_tiles.values(),
@@ -185,8 +161,8 @@ class Engine:
             "queued_s": {priority: h.values() for priority, h in c.queued_s.items()},
             "first_token_s": c.first_token_s.values(),
             "answer_s": {priority: h.values() for priority, h in c.answer_s.items()},
-            "cache": {"hits": 0, "misses": 0, "evictions": 0, "entries": 0, "bytes": 0, "limit_bytes": 0},
-            "memory": {},
+            "cache": NO_CACHE if owner is None else owner.model.cache.values(),
+            "memory": {} if plan is None else asdict(plan),
         }
 
     async def perceive(
@@ -213,13 +189,13 @@ class Engine:
             DeadlinePassed: `deadline_s` seconds have passed since the call.
             QueryFailed: the model failed on one of these tiles.
         """
-        perceiver = self._admitting(request, len(tiles))
-        started = time.perf_counter()
-        deadline_s = request.deadline_s if deadline_s is None else deadline_s
         job = _Job(
-            request, _items(request, tiles), asyncio.get_running_loop().create_future(), priority or request.priority
-        )
-        self._queue.append(job)
+            request, _queries(request, tiles), priority or request.priority,
+            request.caller if caller is None else caller, done=asyncio.get_running_loop().create_future(),
+        )  # fmt: skip
+        perceiver = self._admit(job)
+        deadline_s = request.deadline_s if deadline_s is None else deadline_s
+        self._scheduler.add(job)
         self._arrived.set()
         self.stats.accept(request.task)
         try:
@@ -227,13 +203,13 @@ class Engine:
                 await job.done
         except TimeoutError:
             self.stats.deadlines_passed += 1
-            raise DeadlinePassed(deadline_s or 0.0, len(job.answers), len(job.items)) from None
+            raise DeadlinePassed(deadline_s or 0.0, len(job.answers), len(job.queries)) from None
         except asyncio.CancelledError:
             self.stats.cancellations += 1
             raise
         finally:
             self._leave(job)
-        elapsed_s = time.perf_counter() - started
+        elapsed_s = time.perf_counter() - job.arrived
         self.stats.answer_s[job.priority].add(elapsed_s)
         return _response(perceiver, job, elapsed_s)
 
@@ -259,17 +235,21 @@ class Engine:
         finally:
             self._calls -= 1
 
-    def _admitting(self, request: PerceiveRequest, tiles: int) -> Resident:
-        """The perceiver, where it can take these tiles; raises as `perceive` says."""
-        perceiver = self._ready_model()
-        if request.task not in perceiver.tasks:
+    def _admit(self, job: _Job) -> Resident:
+        """The model, where there is room for the job in the queue; raises as `perceive` says."""
+        model, request = self._ready_model(), job.request
+        if request.task not in model.tasks:
             self.stats.reject("not_served")
-            raise TaskNotServed(request.task, perceiver.info.model, perceiver.tasks)
-        waiting = self.waiting
-        if waiting + tiles > self._max_waiting:
+            raise TaskNotServed(request.task, model.info.model, model.tasks)
+        waiting = self._scheduler.waiting(job.priority)
+        full = waiting + job.waiting > self._max_waiting
+        if job.caller:
+            own = self._scheduler.waiting(job.priority, job.caller)
+            full = full or own + job.waiting > self._max_waiting // 2
+        if full:
             self.stats.reject("busy")
             raise EngineBusy(waiting, max(1.0, waiting * self._seconds_per_tile))
-        return perceiver
+        return model
 
     def _ready_model(self) -> Resident:
         if self._closing:
@@ -281,110 +261,133 @@ class Engine:
         return self.perceiver
 
     def _leave(self, job: _Job) -> None:
-        if job in self._queue:  # cancelled or failed with tiles still waiting
-            self._queue.remove(job)
+        """Nobody waits for what is left of a job that was cancelled, failed or ran out of time."""
+        self._scheduler.remove(job)
+        written = self._writing[job.priority]
+        unwanted = [name for name, (of, _) in written.items() if of is job]
+        for name in unwanted:
+            del written[name]
+        self._unwanted += unwanted
+        self._arrived.set()
 
-    async def _dispatch(self, perceiver: Resident) -> None:
-        loop = asyncio.get_running_loop()
+    async def _dispatch(self, device: Device) -> None:
+        """Everything that the device does, one piece of work after the other."""
+        run = asyncio.get_running_loop().run_in_executor
         while True:
-            await self._arrived.wait()
-            batch = self._next_batch()
-            if not batch:
+            if self._unwanted:
+                unwanted, self._unwanted = self._unwanted, []
+                self._room = await run(self._device, device.drop, unwanted)
+                continue
+            wanting = [p for p in PRIORITIES if self._next(p) is not None]
+            if not wanting:
                 if self._closing:
                     return
                 self._arrived.clear()
+                await self._arrived.wait()
                 continue
+            priority = self._shares.choose(wanting)
+            takes = self._next(priority) == "take"
+            self._took_last[priority] = takes
             started = time.perf_counter()
-            outcomes = await loop.run_in_executor(self._device, _answer, perceiver, batch)
-            self._count(batch, time.perf_counter() - started)
-            for (job, index), outcome in zip(batch, outcomes, strict=True):
-                self._deliver(job, index, outcome)
+            if takes:
+                offered = self._offer(priority)
+                begun = await run(self._device, device.take, [job.queries[i] for job, i in offered], priority)
+                self._begin(offered, begun, priority)
+            else:
+                stepped = await run(self._device, device.step, priority)
+                self._end(stepped, priority)
+            self._spend(priority, time.perf_counter() - started)
 
-    def _next_batch(self) -> list[tuple[_Job, int]]:
-        """Waiting items that take up to `max_batch` places, one of each request in turn; at least one."""
-        batch: list[tuple[_Job, int]] = []
-        room = self._max_batch
-        while self._queue and (self._queue[0].cost <= room or not batch):
-            job = self._queue.popleft()
-            batch.append((job, job.taken))
-            room -= job.cost
-            job.taken += 1
-            if job.taken < len(job.items):
-                self._queue.append(job)
-        return batch
+    def _next(self, priority: Priority) -> Literal["take", "step"] | None:
+        """What is to be done at a priority; passes and steps alternate where there is work for both."""
+        takes = self._scheduler.has_work(priority, self._room[priority])
+        if self._writing[priority] and (self._took_last[priority] or not takes):
+            return "step"
+        return "take" if takes else None
 
-    def _count(self, batch: list[tuple[_Job, int]], seconds: float) -> None:
-        tiles = sum(len(job.items[index]) for job, index in batch)
-        self.stats.tiles += tiles
+    def _offer(self, priority: Priority) -> list[tuple[_Job, int]]:
+        offered = [(job, index) for job, index in self._scheduler.take(priority, self._room[priority], CANDIDATES)
+                   if isinstance(job, _Job)]  # fmt: skip
+        self._taking = offered
+        return offered
+
+    def _begin(self, offered: list[tuple[_Job, int]], begun: Begun, priority: Priority) -> None:
+        """What a pass has brought: those it had no place for go back into the queue."""
+        taken, back = offered[: len(begun.outcomes)], offered[len(begun.outcomes) :]
+        self._taking = []
+        self._scheduler.put_back([(job, index) for job, index in back if not job.done.done()])
+        self._room = begun.room
+        now = time.perf_counter()
+        tiles = sum(job.queries[index].tiles for job, index in taken)
         self.stats.batches += 1
-        self.stats.shared_batches += len({id(job) for job, _ in batch}) > 1
+        self.stats.shared_batches += len({job for job, _ in taken}) > 1
         self.stats.batch_tiles.add(tiles)
         self.stats.largest_batch = max(self.stats.largest_batch, tiles)
-        self._seconds_per_tile += 0.2 * (seconds / tiles - self._seconds_per_tile)
+        for (job, index), outcome in zip(taken, begun.outcomes, strict=True):
+            if index == 0:
+                self.stats.queued_s[priority].add(now - job.arrived)
+                if job.request.task in WORDS:
+                    self.stats.first_token_s.add(now - job.arrived)
+            self.stats.tokens += job.request.task in WORDS
+            if isinstance(outcome, Wire | QueryFailed):
+                self._deliver(job, index, outcome)
+            elif job.done.done():  # the caller left during the pass
+                self._unwanted.append(outcome)
+            else:
+                self._writing[priority][outcome] = job, index
 
-    def _deliver(self, job: _Job, index: int, outcome: TileAnswer | QueryFailed) -> None:
+    def _end(self, stepped: Stepped, priority: Priority) -> None:
+        self._room = stepped.room
+        self.stats.steps += 1
+        self.stats.tokens += stepped.sequences
+        self.stats.step_sequences.add(stepped.sequences)
+        for name, outcome in stepped.ended:
+            item = self._writing[priority].pop(name, None)
+            if item is not None:
+                self._deliver(*item, outcome)
+
+    def _spend(self, priority: Priority, seconds: float) -> None:
+        self._shares.spend(priority, seconds)
+        self._busy_s += seconds
+
+    def _deliver(self, job: _Job, index: int, outcome: Outcome) -> None:
         if job.done.done():  # the caller has gone, or another tile of it failed
             return
         if isinstance(outcome, QueryFailed):
             self.stats.failures += 1
-            self._leave(job)
             job.done.set_exception(outcome)
+            self._leave(job)
             return
         job.answers[index] = outcome
-        if len(job.answers) == len(job.items):
+        tiles = job.queries[index].tiles
+        self.stats.tiles += tiles
+        self._seconds_per_tile += 0.1 * (self._busy_s / tiles - self._seconds_per_tile)
+        self._busy_s = 0.0
+        if len(job.answers) == len(job.queries):
             job.done.set_result(None)
 
 
-def _answer(perceiver: Resident, batch: list[tuple[_Job, int]]) -> list[TileAnswer | QueryFailed]:
-    """Runs in the worker thread. When the batch fails, each tile goes by itself, so only the guilty ones fail."""
-    queries = [_query(job.request, job.items[index]) for job, index in batch]
-    try:
-        return list(_checked(perceiver, queries))
-    except Exception:  # whatever the model raises must not end the device's thread
-        logger.exception("batch failed, its %d queries are tried one by one", len(queries))
-    return [_answer_alone(perceiver, query) for query in queries]
-
-
-def _answer_alone(perceiver: Resident, query: Query) -> TileAnswer | QueryFailed:
-    try:
-        return _checked(perceiver, [query])[0]
-    except Exception as error:  # as above: this caller is told, the others are not harmed
-        logger.error("task=%s failed: %r", query.task, error)
-        return QueryFailed(f"the model failed on this {query.task} request: {type(error).__name__}: {error}")
-
-
-def _checked(perceiver: Resident, queries: list[Query]) -> Sequence[TileAnswer]:
-    answers = perceiver.answer(queries)
-    if len(answers) != len(queries):
-        raise RuntimeError(f"{len(queries)} queries got {len(answers)} answers")
-    return answers
-
-
-def _items(request: PerceiveRequest, tiles: Sequence[np.ndarray]) -> list[tuple[np.ndarray, ...]]:
+def _queries(request: PerceiveRequest, tiles: Sequence[np.ndarray]) -> list[Query]:
     """What is answered by itself: each tile, or each pair of before and after."""
-    if request.task == "detect_change":
-        return list(zip(tiles[::2], tiles[1::2], strict=True))
-    return [(tile,) for tile in tiles]
-
-
-def _query(request: PerceiveRequest, item: tuple[np.ndarray, ...]) -> Query:
-    from model_server.query import Query
-
-    image, *after = item
-    return Query(
-        task=request.task,
-        image=image,
-        text=request.text,
-        labels=tuple(request.labels),
-        detail=request.detail,
-        after=after[0] if after else None,
-        gsd_m=request.gsd_m,
-        modality=request.modality,
-    )
+    pairs = request.task == "detect_change"
+    afters: Sequence[np.ndarray | None] = tiles[1::2] if pairs else [None] * len(tiles)
+    return [
+        Query(
+            task=request.task,
+            image=image,
+            text=request.text,
+            labels=tuple(request.labels),
+            detail=request.detail,
+            after=after,
+            gsd_m=request.gsd_m,
+            modality=request.modality,
+        )
+        for image, after in zip(tiles[::2] if pairs else tiles, afters, strict=True)
+    ]
 
 
 def _response(perceiver: Resident, job: _Job, elapsed_s: float) -> PerceiveResponse:
-    answers = [job.answers[i] for i in range(len(job.items))]
+    answers = [job.answers[i] for i in range(len(job.queries))]
     task_token, expert = perceiver.route(job.request.task)
     return PerceiveResponse(
         captions=[answer for answer in answers if isinstance(answer, TileCaption)],

@@ -58,6 +58,7 @@ DENSE: dict[Task, str] = {"ground": "region", "segment": "pixel", "detect_change
 CAPTION_BEAMS, CAPTION_TOKENS, CAPTION_LENGTH_POWER = 3, 40, 0.3
 ANSWER_BEAMS, ANSWER_TOKENS = 5, 16
 SURE = 0.8  # what a full description names
+PASS_IMAGES = 4  # taken in by the engine at a time: sixteen at once are no faster an image
 TOGETHER = 16  # images that `answer` takes in at a time
 PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 
@@ -85,6 +86,8 @@ class Writing:
 
 class Perceiver:
     """One loaded checkpoint. Not thread-safe: the engine is its only caller."""
+
+    places = PASS_IMAGES
 
     def __init__(self, weights: Path, device: str = "cpu") -> None:
         loaded = load_checkpoint(weights, device)
@@ -256,8 +259,9 @@ class Perceiver:
         """Sequences that are being written."""
         return sum(len(lane) for (_, of), lane in self._lanes.items() if of == priority)
 
-    def drop(self, writing: Writing) -> None:
+    def drop(self, writing: Hashable) -> None:
         """Nobody wants it any more: its places are free at once."""
+        assert isinstance(writing, Writing)
         writing.lane.drop(writing)
 
     def free_memory(self) -> None:

@@ -28,6 +28,10 @@ class Query:
     gsd_m: float | None = None
     modality: Modality = "optical"
 
+    @property
+    def tiles(self) -> int:
+        return 1 if self.after is None else 2
+
     @cached_property
     def digest(self) -> bytes:
         """Of the image's pixels and shape: queries with the same one ask about the same tile."""

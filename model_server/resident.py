@@ -1,14 +1,17 @@
 """What the engine and the HTTP face need of a loaded model, whichever it is.
 
 The embedded model (`perceiver.Perceiver`) and published ones (`families.perceiver.PublishedPerceiver`) both are this.
+The embedded one is a `Stepper` too: the engine then lets requests join and leave between any two tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Hashable, Sequence
+from typing import Protocol, runtime_checkable
 
-from model_server.protocol import ModelInfo, PerceiveRequest, Task, TileAnswer
+from model_server.feature_cache import ByteCache
+from model_server.memory_plan import MemoryPlan
+from model_server.protocol import ModelInfo, PerceiveRequest, Priority, Task, TileAnswer
 from model_server.query import Query
 
 
@@ -44,4 +47,51 @@ class Resident(Protocol):
 
     def warm_up(self) -> None:
         """Answer once, so that the first caller does not pay for lazy initialisation."""
+        ...
+
+
+@runtime_checkable
+class Stepper(Protocol):
+    """A model that takes queries in, writes a token of all of them at each step, and gives answers as they end.
+
+    What is being written is named by what `begin` returned for it.
+    """
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """What fits, found out when it was loaded."""
+        ...
+
+    @property
+    def cache(self) -> ByteCache:
+        """What is kept of images."""
+        ...
+
+    @property
+    def places(self) -> int:
+        """New tiles that it does well to take in at a time: enough to be busy, and nobody waits long."""
+        ...
+
+    def room(self, task: Task, priority: Priority) -> int:
+        """How many queries of a task may begin now."""
+        ...
+
+    def fresh(self, query: Query) -> bool:
+        """Whether to take it in costs more than a step."""
+        ...
+
+    def begin(self, queries: Sequence[Query], priority: Priority) -> Sequence[TileAnswer | Hashable]:
+        """Take queries in: of each its answer, or the name under which it is written. A failure leaves nothing."""
+        ...
+
+    def step(self, priority: Priority) -> Sequence[tuple[Hashable, TileAnswer]]:
+        """One more token of all that is written at this priority; the answers that are complete with it."""
+        ...
+
+    def drop(self, writing: Hashable) -> None:
+        """Its place is free at once; nothing happens where it has ended."""
+        ...
+
+    def free_memory(self) -> None:
+        """Give back what is not needed."""
         ...

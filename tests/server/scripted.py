@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from model_server.protocol import (
     ModelInfo,
@@ -40,6 +41,7 @@ class ScriptedPerceiver:
         self.gate = threading.Event()
         self.gate.set()
         self.batches: list[list[int]] = []
+        self.memory = 1000  # tiles that fit into it together
 
     def route(self, task: str) -> tuple[str, str]:
         return f"[{task}]", "image"
@@ -51,6 +53,8 @@ class ScriptedPerceiver:
         colours = [int(query.image[0, 0, 0]) for query in queries]
         self.batches.append(colours)
         assert self.gate.wait(10), "the test forgot to open the gate"
+        if len(colours) > self.memory:
+            raise torch.OutOfMemoryError("no memory is left on this scripted device")
         if GUILTY in colours:
             raise ZeroDivisionError("an unlucky tile")
         return [_answer(query, colour) for query, colour in zip(queries, colours, strict=True)]

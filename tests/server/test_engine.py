@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from scripted import GUILTY, ScriptedPerceiver, tile
 
-from model_server.engine import Engine, EngineBusy, EngineNotReady, QueryFailed
+from model_server.engine import DeadlinePassed, Engine, EngineBusy, EngineClosing, EngineNotReady, QueryFailed
 from model_server.perceiver import Perceiver
 from model_server.protocol import PerceiveRequest, PerceiveResponse, TaskNotServed
 
@@ -131,7 +131,7 @@ async def test_the_rest_of_a_failed_request_is_not_computed(engine: Engine, perc
         await engine.perceive(CAPTION, [tile(GUILTY)] + [tile(1)] * 20)
     assert engine.waiting == 0
     assert captions(await engine.perceive(CAPTION, [tile(2)])) == ["colour 2"]
-    assert engine.stats.tiles == 5
+    assert perceiver.batches == [[GUILTY, 1, 1, 1], [GUILTY], [1], [1], [1], [2]]
 
 
 async def test_a_full_queue_refuses_and_says_when_to_come_back(engine: Engine, perceiver: ScriptedPerceiver) -> None:
@@ -178,12 +178,117 @@ async def test_closing_answers_who_waits_and_refuses_who_comes(engine: Engine, p
     await until(lambda: engine.waiting == 9)
     closing = asyncio.create_task(engine.close())
     await until(lambda: not engine.ready)
-    with pytest.raises(EngineNotReady, match="closing"):
+    with pytest.raises(EngineClosing, match="closing"):
         await engine.perceive(CAPTION, [tile(2)])
     perceiver.gate.set()
     await closing
     assert captions(await first) == ["colour 0"]
     assert captions(await waiting) == ["colour 1"] * 9
+
+
+async def test_interactive_requests_go_before_bulk_ones_that_came_first(
+    engine: Engine, perceiver: ScriptedPerceiver
+) -> None:
+    first = await hold_device(engine, perceiver)
+    bulk = asyncio.create_task(engine.perceive(CAPTION, [tile(100 + i) for i in range(6)], priority="bulk"))
+    await until(lambda: engine.waiting == 6)
+    asked = PerceiveRequest(task="caption", priority="interactive")
+    interactive = asyncio.create_task(engine.perceive(asked, [tile(1), tile(2)]))
+    await until(lambda: engine.waiting == 8)
+    assert engine.metrics()["waiting_by_priority"] == {"interactive": 2, "bulk": 6}
+    perceiver.gate.set()
+    await asyncio.gather(first, bulk, interactive)
+    assert perceiver.batches == [[0], [1, 2], [100, 101], [102, 103], [104, 105]]
+
+
+async def test_bulk_work_goes_on_while_interactive_requests_never_cease(engine: Engine) -> None:
+    async def ask_for_ever() -> None:
+        while True:
+            await engine.perceive(CAPTION, [tile(1)])
+
+    asking = [asyncio.create_task(ask_for_ever()) for _ in range(8)]
+    await until(lambda: engine.stats.tiles > 20)
+    answer = await engine.perceive(CAPTION, [tile(7)] * 6, priority="bulk")
+    assert captions(answer) == ["colour 7"] * 6
+    for task in asking:
+        task.cancel()
+    await asyncio.gather(*asking, return_exceptions=True)
+
+
+async def test_all_requests_of_one_caller_share_one_turn(engine: Engine, perceiver: ScriptedPerceiver) -> None:
+    first = await hold_device(engine, perceiver)
+    many = [asyncio.create_task(engine.perceive(CAPTION, [tile(100 + i)], caller="scene")) for i in range(9)]
+    await until(lambda: engine.waiting == 9)
+    few = [asyncio.create_task(engine.perceive(CAPTION, [tile(1 + i)], caller=f"caller {i}")) for i in range(3)]
+    await until(lambda: engine.waiting == 12)
+    perceiver.gate.set()
+    await asyncio.gather(first, *many, *few)
+    assert perceiver.batches[1] == [100, 1, 2, 3]
+
+
+async def test_one_caller_cannot_fill_the_queue(engine: Engine, perceiver: ScriptedPerceiver) -> None:
+    first = await hold_device(engine, perceiver)
+    greedy = asyncio.create_task(engine.perceive(CAPTION, [tile(1)] * 16, caller="scene"))
+    await until(lambda: engine.waiting == 16)
+    with pytest.raises(EngineBusy):
+        await engine.perceive(CAPTION, [tile(1)], caller="scene")
+    other = asyncio.create_task(engine.perceive(CAPTION, [tile(2)], caller="other"))
+    await until(lambda: engine.waiting == 17)
+    assert engine.metrics()["rejections"] == {"busy": 1}
+    perceiver.gate.set()
+    await asyncio.gather(first, greedy, other)
+
+
+async def test_a_request_whose_deadline_passes_ends_and_leaves_the_queue(
+    engine: Engine, perceiver: ScriptedPerceiver
+) -> None:
+    first = await hold_device(engine, perceiver)
+    with pytest.raises(DeadlinePassed, match="0 of 2 tiles") as passed:
+        await engine.perceive(PerceiveRequest(task="caption", deadline_s=0.05), [tile(66)] * 2)
+    assert (passed.value.done, passed.value.items) == (0, 2)
+    perceiver.gate.set()
+    await first
+    assert captions(await engine.perceive(CAPTION, [tile(4)], deadline_s=10)) == ["colour 4"]
+    assert perceiver.batches == [[0], [4]]
+    assert engine.metrics()["deadlines_passed"] == 1
+
+
+async def test_a_batch_that_does_not_fit_in_memory_goes_in_halves_and_so_do_later_ones(
+    engine: Engine, perceiver: ScriptedPerceiver
+) -> None:
+    perceiver.memory = 1
+    first = await hold_device(engine, perceiver)
+    waiting = [asyncio.create_task(engine.perceive(CAPTION, [tile(1 + i)])) for i in range(4)]
+    await until(lambda: engine.waiting == 4)
+    perceiver.gate.set()
+    await first
+    assert [captions(await answer) for answer in waiting] == [[f"colour {i}"] for i in (1, 2, 3, 4)]
+    assert perceiver.batches == [[0], [1, 2, 3, 4], [1, 2], [1], [2], [3, 4], [3], [4]]
+    again = asyncio.gather(*(engine.perceive(CAPTION, [tile(5)]) for _ in range(3)))
+    await again
+    assert perceiver.batches[8:] == [[5], [5], [5]]
+    assert engine.metrics()["halvings"] == 3
+
+
+async def test_a_tile_that_does_not_fit_in_memory_alone_is_refused_with_that_reason(
+    engine: Engine, perceiver: ScriptedPerceiver
+) -> None:
+    perceiver.memory = 0
+    with pytest.raises(QueryFailed, match="does not fit in memory, even alone"):
+        await engine.perceive(CAPTION, [tile(1)])
+    perceiver.memory = 9
+    assert captions(await engine.perceive(CAPTION, [tile(4)])) == ["colour 4"]
+
+
+async def test_what_happened_is_counted(engine: Engine) -> None:
+    await engine.perceive(CAPTION, [tile(1), tile(2)])
+    await engine.perceive(PerceiveRequest(task="classify", labels=["a"]), [tile(3)], priority="bulk")
+    with pytest.raises(QueryFailed):
+        await engine.perceive(CAPTION, [tile(GUILTY)])
+    counted = engine.metrics()
+    assert (counted["requests"], counted["tiles"], counted["failures"]) == ({"caption": 2, "classify": 1}, 3, 1)
+    assert (counted["batches"], counted["largest_batch"], counted["on_device"]) == (3, 2, 0)
+    assert (sum(counted["first_token_s"]["counts"]), sum(counted["answer_s"]["bulk"]["counts"])) == (2, 1)
 
 
 async def test_nothing_is_answered_before_the_model_is_loaded(loader: Callable[[], Perceiver]) -> None:
