@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ToolError
@@ -57,7 +57,7 @@ def _tool(declaration: Declaration) -> Tool:
         async with reported(ctx) as progress:
             return await _worded(await ask(**arguments, progress=progress))
 
-    arguments = create_model(declaration.arguments.__name__, __base__=(declaration.arguments, ArgModelBase))
+    both = create_model(declaration.arguments.__name__, __base__=(declaration.arguments, ArgModelBase))
     return DeclaredTool(
         fn=call,
         name=declaration.name,
@@ -65,7 +65,9 @@ def _tool(declaration: Declaration) -> Tool:
         description=declaration.description,
         parameters=declaration.input_schema,
         fn_metadata=FuncMetadata(
-            arg_model=arguments, output_schema=published(declaration), output_model=declaration.result
+            arg_model=cast("type[ArgModelBase]", both),
+            output_schema=published(declaration),
+            output_model=declaration.result,
         ),
         is_async=True,
         context_kwarg="ctx",

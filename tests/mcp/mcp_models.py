@@ -59,7 +59,7 @@ class PlantedModel:
         pass
 
     def _ship(self) -> TileObjects:
-        boxes, scores = ([(10.25, 20, 40, 32)], [0.9]) if self.sees else ([], [])
+        boxes, scores = ([(10.25, 20.0, 40.0, 32.0)], [0.9]) if self.sees else ([], [])
         return TileObjects(boxes=boxes, scores=scores, threshold=0.4, known=True, scale=1)
 
     def _left(self, labels: list[str], tile: np.ndarray) -> TileMasks:

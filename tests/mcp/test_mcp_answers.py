@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 from mcp import Client
 from mcp.types import CallToolResult
 from mcp_models import PlantedModel
 from mcp_processes import links, text_of
 
+from model_server.protocol import PerceiveRequest, PerceiveResponse
 from rs_tools.client import ModelClient
 from rs_tools.declarations import DECLARATIONS
 from rs_tools.mcp_schemas import published
@@ -255,12 +257,13 @@ async def test_a_call_beyond_its_deadline_is_ended_with_what_was_done(small: Pat
     asked, cancelled = asyncio.Event(), asyncio.Event()
 
     class NeverAnswers(PlantedModel):
-        async def perceive(self, *_: Any) -> Any:
+        async def perceive(self, request: PerceiveRequest, tiles: list[np.ndarray]) -> PerceiveResponse:
             asked.set()
             try:
                 await asyncio.Event().wait()
             finally:
                 cancelled.set()
+            raise AssertionError("nobody sets that event")
 
     async with serve(small, NeverAnswers(), deadline_s=0.5) as client:
         refused(await client.call_tool(tool, CALLS[tool]), "0.5 s for one call are over", "0 of 1 looks")
