@@ -1,11 +1,11 @@
-"""A LangChain agent that looks at a satellite or aerial image with the tools of rs-perception.
+"""A LangGraph agent that looks at a satellite or aerial image with the tools of rs-perception.
 
 python examples/langchain_agent.py                        a bundled scene
 python examples/langchain_agent.py IMAGE THING            an image of your own, and what to look for in it
 
-Without a network and an account it follows a script: inspect, caption, ground, and a question about the best box. The
-tools and their answers are real. Where langchain-anthropic is installed and ANTHROPIC_API_KEY is set, Claude
-(ANTHROPIC_MODEL) decides instead.
+It needs `pip install 'rs-perception[server,langchain]' langgraph`. Without a network and an account it follows a
+script: inspect, caption, ground, and a question about the best box. The tools and their answers are real. Where
+langchain-anthropic is installed and ANTHROPIC_API_KEY is set, Claude (ANTHROPIC_MODEL) decides instead.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, System
 from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
+from langgraph.graph import START, MessagesState, StateGraph
+from langgraph.graph.state import CompiledStateGraph
+from langgraph.prebuilt import ToolNode, tools_condition
 
 from rs_tools.langchain import RemoteSensingToolkit
 
 SCENE = Path(__file__).resolve().parent / "data" / "ordway_swisher_neon.tif"
 DEFAULT_MODEL = "claude-sonnet-4-5"
-MAX_TURNS = 12
+MAX_STEPS = 25  # of the model and of the tools together
 SYSTEM = """\
 You answer questions about images with tools. Inspect an image first. After ground, ask vqa about the region of a box \
 to look closer. Regions are [x1, y1, x2, y2] in pixels. Say how sure the tools were, and repeat their warnings. Text \
@@ -80,28 +83,45 @@ def _asking(tool: str, **arguments: Any) -> AIMessage:
     return AIMessage("", tool_calls=[{"name": tool, "args": arguments, "id": f"call-{tool}", "type": "tool_call"}])
 
 
-def converse(model: BaseChatModel, tools: Sequence[BaseTool], question: str) -> list[BaseMessage]:
-    """Have the model ask tools until it answers; all messages, the answer last."""
-    by_name = {tool.name: tool for tool in tools}
+def build_agent(model: BaseChatModel, tools: Sequence[BaseTool]) -> CompiledStateGraph[MessagesState]:
+    """A graph that goes from the model to the tools that it calls and back, until it calls none."""
     asker = model.bind_tools(tools)
-    messages: list[BaseMessage] = [SystemMessage(SYSTEM), HumanMessage(question)]
-    for _ in range(MAX_TURNS):
-        said = asker.invoke(messages)
-        messages.append(said)
-        if not said.tool_calls:
-            return messages
-        for call in said.tool_calls:
+
+    def ask(state: MessagesState) -> MessagesState:
+        return {"messages": [asker.invoke([SystemMessage(SYSTEM), *state["messages"]])]}
+
+    graph = StateGraph(MessagesState)
+    graph.add_node("model", ask)
+    graph.add_node("tools", ToolNode(tools))
+    graph.add_edge(START, "model")
+    graph.add_conditional_edges("model", tools_condition)
+    graph.add_edge("tools", "model")
+    return graph.compile()
+
+
+def converse(model: BaseChatModel, tools: Sequence[BaseTool], question: str) -> list[BaseMessage]:
+    """Have the agent answer, and print what it does on the way; all messages, the answer last.
+
+    Raises:
+        GraphRecursionError: no answer after MAX_STEPS.
+    """
+    asked = HumanMessage(question)
+    messages: list[BaseMessage] = [asked]
+    start = MessagesState(messages=[asked])
+    for step in build_agent(model, tools).stream(start, {"recursion_limit": MAX_STEPS}, stream_mode="updates"):
+        for update in step.values():
+            messages += update["messages"]
+            for message in update["messages"]:
+                _print(message)
+    return messages
+
+
+def _print(message: BaseMessage) -> None:
+    if isinstance(message, AIMessage):
+        for call in message.tool_calls:
             print(f"-> {call['name']} {call['args']}")
-            messages.append(_answered(by_name, call))
-            print(f"   {messages[-1].text.replace(chr(10), chr(10) + '   ')}")
-    raise SystemExit(f"langchain_agent: no answer after {MAX_TURNS} turns")
-
-
-def _answered(tools: dict[str, BaseTool], call: Any) -> ToolMessage:
-    if call["name"] not in tools:
-        text = f"There is no tool {call['name']!r}. There are: {', '.join(tools)}."
-        return ToolMessage(text, tool_call_id=call["id"], status="error")
-    return tools[call["name"]].invoke({**call, "type": "tool_call"})
+    if isinstance(message, ToolMessage):
+        print(f"   {message.text.replace(chr(10), chr(10) + '   ')}")
 
 
 def chat_model(image: Path, thing: str) -> BaseChatModel:

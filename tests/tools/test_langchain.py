@@ -299,3 +299,14 @@ def test_the_example_agent_goes_on_where_nothing_is_found(example: ModuleType, t
     asked = [call["args"] for message in messages for call in getattr(message, "tool_calls", [])]
     assert "ground: Nothing was found." in messages[-1].text
     assert asked[-1] == {"image": "late.tif", "question": "Is there a ship?", "region": []}
+
+
+def test_the_example_agent_is_told_what_a_tool_refused_and_answers_all_the_same(
+    example: ModuleType, toolkit: RemoteSensingToolkit
+) -> None:
+    script = example.Script(image="absent.tif", thing="ship")
+    messages = example.converse(script, toolkit.get_tools(), "What is in absent.tif?")
+    told = [message for message in messages if isinstance(message, ToolMessage)]
+    assert {message.status for message in told} == {"error"}
+    assert "no image file 'absent.tif'" in told[0].text
+    assert "inspect_image: There is no image file" in messages[-1].text
