@@ -19,12 +19,16 @@ Item = TypeVar("Item")
 Answer = TypeVar("Answer", TileCaption, TileVqa, TileClasses)
 
 
-class Model(Protocol):
-    """The part of the resident model that an evaluation needs."""
+class Answering(Protocol):
+    """What answers queries."""
 
     info: ModelInfo
 
     def answer(self, queries: Sequence[Query]) -> Sequence[TileAnswer]: ...
+
+
+class Model(Answering, Protocol):
+    """The part of the resident model that an evaluation needs."""
 
     def image_features(self, images: Sequence[np.ndarray]) -> np.ndarray: ...
 

@@ -29,6 +29,7 @@ from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver, Query
 from model_server.protocol import TaskNotServed, TileCaption, TileClasses, TileObjects, TileVqa
 from model_server.text.answers import normalise
 from model_server.text.names import readable
+from model_server.text.questions import QA
 from model_server.training.records import Record, load_image, read_records, set_names
 
 CREDITS = {
@@ -235,7 +236,7 @@ def _whole(record: Record, lines: tuple[str, ...]) -> Callable[[], Panel]:
     return lambda: Panel((reduced(load_image(record.images[0])),), lines)
 
 
-def _with_images(asked: Sequence[tuple[Record, object]]) -> Iterator[tuple[Record, object, np.ndarray]]:
+def _with_images(asked: Sequence[tuple[Record, QA]]) -> Iterator[tuple[Record, QA, np.ndarray]]:
     """Each image decoded once for its questions, which stand one after another."""
     last: tuple[str, np.ndarray] | None = None
     for record, qa in asked:
@@ -260,11 +261,11 @@ PAGES: dict[str, tuple[str, tuple[tuple[str, str], ...], str, Collect]] = {
         _each(box_errors),
     ),
     "masks": (
-        "Masks: most pixels wrong", (("right", HIT), *LEGEND),
+        "Masks: most pixels wrong", (("right (light)", HIT), *LEGEND),
         "Picked: of every image the two windows with most wrong pixels.", _each(mask_errors),
     ),
     "change": (
-        "Change: most pixels wrong (before, after, what was found)", (("right", HIT), *LEGEND),
+        "Change: most pixels wrong (before, after, what was found)", (("right (light)", HIT), *LEGEND),
         "Picked: of every pair the two windows with most wrong pixels.", _each(change_errors),
     ),
     "captions": (

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from model_server.evaluation.asking import Model, mean_colour, progress
+from model_server.evaluation.asking import Answering, mean_colour, progress
 from model_server.evaluation.dataset import EvaluatedSet
 from model_server.perceiver import Query
 from model_server.protocol import MAX_CLASSES, MAX_TILE_SIDE, Modality, TileChange, TileMasks, TileObjects
@@ -38,7 +38,7 @@ def windows(width: int, height: int, side: int = MAX_TILE_SIDE, overlap: int = O
     return [(x1, y1, x2, y2) for (y1, y2), (x1, x2) in product(spans(height), spans(width))]
 
 
-def look(model: Model, queries: Sequence[Query], kind: type[Dense], side: int = MAX_TILE_SIDE) -> list[Dense]:
+def look(model: Answering, queries: Sequence[Query], kind: type[Dense], side: int = MAX_TILE_SIDE) -> list[Dense]:
     """Answers of one kind to queries about one image (or pair), in their order.
 
     Raises TypeError when the model answers with another kind than `kind`.
@@ -114,7 +114,7 @@ def _overlap(box: np.ndarray, others: np.ndarray) -> np.ndarray:
     return shared / np.maximum(areas, 1e-9)
 
 
-def find(model: Model, data: EvaluatedSet, records: Sequence[Record], phrases: Callable[[Record], Iterable[str]],
+def find(model: Answering, data: EvaluatedSet, records: Sequence[Record], phrases: Callable[[Record], Iterable[str]],
          title: str, blind: bool = False) -> None:  # fmt: skip
     """Ask for the objects of each record's phrases; `data.found` has the answers then, by id, phrase and blindness.
 
@@ -138,7 +138,7 @@ def as_arrays(answer: TileObjects) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.array(answer.boxes, np.float64).reshape(-1, 4), scores, scores >= answer.threshold
 
 
-def outline(model: Model, records: Sequence[Record], phrases: Callable[[Record], Sequence[str]], title: str,
+def outline(model: Answering, records: Sequence[Record], phrases: Callable[[Record], Sequence[str]], title: str,
             blind: bool = False) -> Iterator[tuple[Record, dict[str, np.ndarray]]]:  # fmt: skip
     """Each record with the mask, bool [H, W], of each of its phrases at the threshold that the answer names."""
     for record in progress(records, title, len(records)):
@@ -156,7 +156,7 @@ def outline(model: Model, records: Sequence[Record], phrases: Callable[[Record],
         }
 
 
-def changed(model: Model, record: Record, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+def changed(model: Answering, record: Record, before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """Where a pair is said to have changed, bool [H, W], at the threshold that the answer names."""
     query = Query("detect_change", before, after=after, gsd_m=record.gsd_m, modality=modality(record))
     (answer,) = look(model, [query], TileChange)

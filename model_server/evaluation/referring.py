@@ -13,7 +13,7 @@ from random import Random
 
 import numpy as np
 
-from model_server.evaluation.asking import Model
+from model_server.evaluation.asking import Answering
 from model_server.evaluation.dataset import EvaluatedSet
 from model_server.evaluation.dense_metrics import iou_matrix
 from model_server.evaluation.labelled import box_labels, true_boxes, words_for
@@ -82,7 +82,7 @@ def _phrases(boxes: np.ndarray, noun: str, width: int, height: int) -> list[tupl
     return out
 
 
-def evaluate_referring(model: Model, data: EvaluatedSet, results: Results) -> None:
+def evaluate_referring(model: Answering, data: EvaluatedSet, results: Results) -> None:
     """Add the referring rows of one set with boxes: `acc50` and `acc70`, strict and as VRSBench measures."""
     labels = box_labels(data)
     asked = [ref for record in data.records if len(record.images) == 1 for ref in references(record, labels)]

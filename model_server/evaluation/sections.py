@@ -9,9 +9,10 @@ from model_server.evaluation.gallery import gallery_section
 from model_server.evaluation.report import embeddings_section
 from model_server.evaluation.scale import scale_section
 from model_server.evaluation.text_boxes import section as text_boxes_section
+from model_server.training.mechanisms import section as mechanisms_section
 
 SECTIONS: tuple[Callable[[Path], list[str]], ...] = (
-    text_boxes_section, scale_section, embeddings_section, gallery_section,
+    text_boxes_section, mechanisms_section, scale_section, embeddings_section, gallery_section,
 )  # fmt: skip
 
 

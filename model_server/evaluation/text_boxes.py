@@ -17,7 +17,7 @@ from typing import Annotated
 import torch
 import typer
 
-from model_server.evaluation.asking import Model
+from model_server.evaluation.asking import Answering
 from model_server.evaluation.dataset import EvaluatedSet, read_set
 from model_server.evaluation.grounding import box_figures, found_boxes
 from model_server.evaluation.labelled import box_labels, true_boxes, words_for
@@ -47,7 +47,7 @@ class Figures:
     refer: bool = False
 
 
-def measure(model: Model, data: EvaluatedSet, way: str, blind: str | None = None) -> list[Figures]:
+def measure(model: Answering, data: EvaluatedSet, way: str, blind: str | None = None) -> list[Figures]:
     """Detection and referring figures of one way; of its blind control too, where that has a name."""
     data = replace(data, found={}, answered={})
     records = [record for record in data.records if len(record.images) == 1]
@@ -112,7 +112,7 @@ def _table(rows: Sequence[Figures]) -> list[str]:
     ]
 
 
-def run(ways: Mapping[str, Model], data: Path, sets: Sequence[str], split: str, limit: int | None,
+def run(ways: Mapping[str, Answering], data: Path, sets: Sequence[str], split: str, limit: int | None,
         folder: Path) -> list[Figures]:  # fmt: skip
     """Measure every way on those of the sets that are there; the text way blind as well."""
     figures = []
@@ -144,7 +144,7 @@ def main(
     names = [name.strip() for name in sets.split(",") if name.strip()]
     if not set(names) & set(set_names(data)):
         raise typer.BadParameter(f"{data} holds none of {sets}; it has: {', '.join(set_names(data)) or 'none'}")
-    ways: dict[str, Model] = {TEXT: TextGrounder(weights, expert), DENSE: Perceiver.load(weights)}
+    ways: dict[str, Answering] = {TEXT: TextGrounder(weights, expert), DENSE: Perceiver.load(weights)}
     figures = run(ways, data, names, split, limit, out)
     write(figures, int(torch.load(expert, weights_only=True)["step"]), out)
     for figure in figures:

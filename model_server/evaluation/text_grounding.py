@@ -16,19 +16,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from model_server.checkpoints.store import load_checkpoint
 from model_server.evaluation.looking import merge_objects, windows
 from model_server.known_phrases import KnownPhrases
+from model_server.model.backends import Backend
 from model_server.model.greedy import follow
 from model_server.model.looks import GREY
 from model_server.model.rsvlm import RSVLM, Features, Questions
 from model_server.model.vision import square
-from model_server.perceiver import Perceiver
-from model_server.protocol import TaskNotServed, TileAnswer, TileObjects
+from model_server.protocol import ModelInfo, TaskNotServed, TileAnswer, TileObjects
 from model_server.query import Query
 from model_server.relations import parse
 from model_server.scale_search import Sighting, combined
 from model_server.text.boxes import BoxDialect, parse_boxes
 from model_server.text.malformed import MalformedText
+from model_server.text.names import readable
 from model_server.text.tokenizer import TextTokenizer
 from model_server.training.region import BOX_TOKENS, MAX_BOXES, REGION, region_model
 from model_server.working_scale import bounded, box_scales
@@ -71,14 +73,19 @@ def _read(tokenizer: TextTokenizer, ids: Sequence[int], sure: Sequence[float], s
     return np.array(boxes, np.float64).reshape(-1, 4), np.array(scores, np.float64)
 
 
-class TextGrounder(Perceiver):
+class TextGrounder:
     """A checkpoint with a trained region expert, whose `ground` answers come from text alone."""
 
     def __init__(self, weights: Path, expert: Path) -> None:
         """`expert`: what stage `region` has saved. Raises WeightsError where either does not fit."""
-        super().__init__(weights)
-        self.model = region_model(self.model, expert)
-        self.phrases = KnownPhrases(self._phrase_vectors)
+        loaded = load_checkpoint(weights)
+        self.model, self.tokenizer = region_model(loaded.model, expert), loaded.tokenizer
+        self.sentence_tokenizer, self.side = loaded.sentence_tokenizer, loaded.model.config.image_size
+        self.phrases = KnownPhrases(lambda phrases: self.model.sentence(*self._sentence_ids(phrases))[1])
+        self.info = ModelInfo(
+            model=loaded.model.config.name, weights_digest=loaded.digest, attention_backend=Backend.SDPA,
+            precision="float32", device="cpu",
+        )  # fmt: skip
 
     @torch.inference_mode()
     def answer(self, queries: Sequence[Query]) -> list[TileAnswer]:
@@ -115,8 +122,12 @@ class TextGrounder(Perceiver):
             answers.append(answer)
         return answers
 
+    def _sentence_ids(self, phrases: Sequence[str]) -> tuple[Tensor, Tensor]:
+        encoded = self.sentence_tokenizer.encode_batch([readable(phrase) for phrase in phrases])
+        return torch.tensor([e.ids for e in encoded]), torch.tensor([e.attention_mask for e in encoded]).bool()
+
     def _squares(self, image: np.ndarray, scale: float) -> _Squares:
-        side = self.config.image_size
+        side = self.side
         height, width = (max(round(n * scale), 1) for n in image.shape[:2])
         seen = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0))
         cut = windows(width, height, side, round(OVERLAP * side))
@@ -126,7 +137,7 @@ class TextGrounder(Perceiver):
 
     def _look(self, squares: _Squares, phrase: str) -> Sighting:
         one = self.model.read_questions(*self._sentence_ids([phrase]))
-        side = self.config.image_size
+        side = self.side
         written: list[Written] = []
         for features in squares.features:
             n = len(features.visual)

@@ -115,7 +115,7 @@ def test_the_new_expert_is_a_copy_and_alone_can_be_trained(debug_weights: Path) 
 
 
 def test_the_stage_learns_to_write_boxes_and_leaves_the_rest_alone(data: Path, tmp_path: Path, weights: Path) -> None:
-    trainer = RegionTrainer(settings(data, tmp_path, weights, steps=120, rate=1e-2, ema=0.9, every=60))
+    trainer = RegionTrainer(settings(data, tmp_path, weights, steps=80, rate=1e-2, ema=0.9, every=80))
     before = trainer.validate()["nats"]
     trainer.fit()
     lines = [json.loads(line) for line in (tmp_path / "region.jsonl").read_text().splitlines()]
