@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_core import ErrorDetails
 
 from rs_tools.results import (
@@ -41,16 +41,29 @@ Bands = Annotated[
 Preview = Annotated[bool, Field(description="Also return a small picture of the answer")]
 
 
-class InspectImage(Model):
+class Arguments(Model):
+    """What a caller gave."""
+
+    @field_validator("*")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        """Half of a surrogate pair, which JSON can carry, is in no file name and can be sent to no model."""
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and any("\ud800" <= sign <= "\udfff" for sign in text):
+                raise ValueError("it holds half a character (a lone surrogate); send whole Unicode text")
+        return value
+
+
+class InspectImage(Arguments):
     image: Image
     bands: Bands
 
 
-class ListImages(Model):
+class ListImages(Arguments):
     folder: Annotated[str, Field(description="Folder to list; empty for all that may be read")] = ""
 
 
-class Caption(Model):
+class Caption(Arguments):
     image: Image
     region: Region
     detail: Annotated[
@@ -59,7 +72,7 @@ class Caption(Model):
     bands: Bands
 
 
-class Vqa(Model):
+class Vqa(Arguments):
     image: Image
     question: Annotated[
         str, Field(description="One question in English about what is visible, such as 'Is there a river?'")
@@ -68,7 +81,7 @@ class Vqa(Model):
     bands: Bands
 
 
-class Ground(Model):
+class Ground(Arguments):
     image: Image
     query: Annotated[
         str, Field(description="A kind of thing ('ship'), or one of them by size or place ('the largest ship')")
@@ -80,7 +93,7 @@ class Ground(Model):
     preview: Preview = False
 
 
-class Segment(Model):
+class Segment(Arguments):
     image: Image
     classes: Annotated[
         list[str], Field(description="1 to 16 kinds of cover to tell apart, such as ['water', 'forest', 'road']")
@@ -90,7 +103,7 @@ class Segment(Model):
     preview: Preview = False
 
 
-class DetectChange(Model):
+class DetectChange(Arguments):
     before: Annotated[str, Field(description="Path of the earlier image; the answer is in its pixels")]
     after: Annotated[
         str, Field(description="Path of the later image of the same place and kind; size and grid may differ")
@@ -101,7 +114,7 @@ class DetectChange(Model):
     preview: Preview = False
 
 
-class Classify(Model):
+class Classify(Arguments):
     image: Image
     labels: Annotated[
         list[str],
@@ -124,7 +137,7 @@ class Declaration:
     name: str
     title: str
     description: str
-    arguments: type[Model]
+    arguments: type[Arguments]
     result: type[Result]
     files: bool = False
     looks: bool = True
