@@ -162,9 +162,13 @@ class RegionViews:
         seen = whole.clip(0, self.side)
         area, area_seen = ((b[:, 2:] - b[:, :2]).clip(0).prod(1) for b in (whole, seen))
         there = (area_seen >= SEEN * area) & ((seen[:, 2:] - seen[:, :2]).max(1, initial=0) >= LEAST) & (area_seen > 0)
-        visible = {label for label, shown in zip(labels, area_seen > 0, strict=True) if shown}
-        here = [n for n in sorted(boxed(record)) if CONCEPTS[n].labels & visible]
-        gone = [n for n in sorted((boxed(record) | absent(record)) & set(THINGS)) if n not in here]
+        whole_ones, any_part = (
+            {label for label, shown in zip(labels, where, strict=True) if shown} for where in (there, area_seen > 0)
+        )
+        here = [n for n in sorted(boxed(record)) if CONCEPTS[n].labels & whole_ones]
+        gone = [
+            n for n in sorted((boxed(record) | absent(record)) & set(THINGS)) if not CONCEPTS[n].labels & any_part
+        ]  # of what only a fragment is seen, nothing is asked
         if record.set in DISTRACTOR_SETS and rng.random() < 0.3:
             gone = list(DISTRACTORS)
         asked = [names[int(rng.integers(len(names)))] for names in (here, gone) if names]
