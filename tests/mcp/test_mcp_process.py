@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from http_processes import running_service
 from mcp import Client
 from mcp_processes import ModelServer, stdio, text_of
 
@@ -113,6 +115,36 @@ async def test_a_long_call_reports_progress_that_only_grows_and_can_be_cancelled
                 await hung_up.wait()
             assert not (await client.call_tool("list_images", {})).is_error
     assert seen == sorted(set(seen))
+
+
+@pytest.mark.parametrize("transport", ["stdio", "http"])
+async def test_a_client_that_waits_no_longer_hangs_up_on_the_model_server(
+    root: Path, tmp_path: Path, transport: str
+) -> None:
+    asked, hung_up = asyncio.Event(), asyncio.Event()
+
+    async def never_answers(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.set()
+        await reader.read(-1)  # until the other side hangs up
+        hung_up.set()
+        writer.close()
+
+    async with contextlib.AsyncExitStack() as stack:
+        silent = await stack.enter_async_context(await asyncio.start_server(never_answers, "127.0.0.1", 0))
+        url = f"http://127.0.0.1:{silent.sockets[0].getsockname()[1]}"
+        arguments = ["--root", str(root), "--model-url", url]
+        if transport == "stdio":
+            client = Client(stdio(*arguments))
+        else:
+            service = await asyncio.to_thread(stack.enter_context, running_service(tmp_path, *arguments))
+            client = Client(f"{service.url}/mcp")
+        session = await stack.enter_async_context(client)
+        waiting = asyncio.create_task(session.call_tool("caption", {"image": SCENE}))
+        async with asyncio.timeout(300):
+            await asked.wait()
+            waiting.cancel()
+            await hung_up.wait()
+        assert not (await session.call_tool("list_images", {})).is_error
 
 
 async def test_sixteen_calls_at_once_are_all_answered(model_server: ModelServer, http_server: str) -> None:
