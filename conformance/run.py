@@ -4,6 +4,8 @@
     fixtures    the suite on the same server with the fixtures added: all must pass (tasks are an extension, not scored)
     inspector   tools/list with the inspector's schema lint, over stdio and HTTP, in both eras of the protocol
     load        500 calls of a tool, 8 at a time, in both eras, on a tiny model
+    interop     other clients: the TypeScript SDK's, langchain-mcp-adapters and langchain[mcp], the latter two in
+                environments of their own, which are made under conformance/; only where it is named
 
 They need npm, and Node.js 22, which npm gets (conformance/package.json).
 """
@@ -31,6 +33,9 @@ ERAS = ("modern", "legacy")
 CALLS, AT_ONCE = 500, 8
 STARTED_S = 300
 LEGS = ("product", "fixtures", "inspector", "load")
+TOKEN = "token-of-the-interoperation-run"
+# langchain-mcp-adapters wants another version of the SDK than the project.
+ENVIRONMENTS = {"langchain_adapters": "langchain-mcp-adapters==0.3.2", "langchain_mcp": "langchain[mcp]==1.4.7"}
 
 
 class Unavailable(Exception):
@@ -39,11 +44,12 @@ class Unavailable(Exception):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("legs", nargs="*", metavar="LEG", help=f"{', '.join(LEGS)} (default: all)")
+    parser.add_argument("legs", nargs="*", metavar="LEG", help=f"{', '.join(LEGS)} (default: all four), interop")
     parser.add_argument("--or-skip", action="store_true", help="pass, saying so, where npm or packages are missing")
     options = parser.parse_args()
-    if unknown := set(options.legs) - set(LEGS):
-        parser.error(f"no such leg: {', '.join(unknown)}; there are {', '.join(LEGS)}")
+    runs = {"product": product, "fixtures": fixtures, "inspector": inspector, "load": load, "interop": interop}
+    if unknown := set(options.legs) - runs.keys():
+        parser.error(f"no such leg: {', '.join(unknown)}; there are {', '.join(runs)}")
     try:
         node = install()
     except Unavailable as error:
@@ -52,9 +58,7 @@ def main() -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as scratch:
         for leg in options.legs or LEGS:
-            for name, passed in {"product": product, "fixtures": fixtures, "inspector": inspector, "load": load}[leg](
-                node, Path(scratch)
-            ):
+            for name, passed in runs[leg](node, Path(scratch)):
                 print(f"conformance: {leg}, {name}: {'passed' if passed else 'FAILED'}", flush=True)
                 failed += not passed
     return 1 if failed else 0
@@ -136,6 +140,31 @@ def load(node: Path, scratch: Path) -> Iterator[tuple[str, bool]]:
             yield f"{CALLS} calls, {AT_ONCE} at a time, {era} era", ended.returncode == 0
 
 
+def interop(node: Path, scratch: Path) -> Iterator[tuple[str, bool]]:
+    tokens = scratch / "tokens"
+    tokens.write_text(f"interop {TOKEN}\n")
+    with debug_model(scratch) as model, rs_mcp(scratch, *model, "--tokens", str(tokens)) as url:
+        server = [url, TOKEN, sys.executable, "-m", "mcp_server", "--root", str(IMAGES), *model]
+        clients: dict[str, list[Path]] = {"typescript": [node, HERE / "interop" / "typescript.mjs"]}
+        for name, requirement in ENVIRONMENTS.items():
+            clients[name] = [environment(name, requirement), HERE / "interop" / f"{name}.py"]
+        for name, client in clients.items():
+            variables = os.environ | {"PYTHONPATH": str(ROOT), "RS_PERCEPTION_STATE": str(scratch / "state")}
+            ended = subprocess.run([*client, *server], capture_output=True, text=True, env=variables, cwd=scratch)
+            print(ended.stdout.strip() if ended.returncode == 0 else ended.stdout + ended.stderr[-4000:], flush=True)
+            yield name, ended.returncode == 0
+
+
+def environment(name: str, requirement: str) -> Path:
+    """The Python of an environment with `requirement`, made where it is not yet there."""
+    folder = HERE / ".environments" / name
+    python = folder / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", requirement], check=True)
+    return python
+
+
 def inspect(node: Path, scratch: Path, *options: str) -> subprocess.CompletedProcess[str]:
     script = HERE / "node_modules/@modelcontextprotocol/inspector/clients/launcher/build/index.js"
     command = [node, script, "--cli", "--connect-timeout", "120000", *options]
@@ -157,7 +186,7 @@ def debug_model(scratch: Path) -> Iterator[list[str]]:
     """The options that name a running model server with a tiny model."""
     weights, token, port = scratch / "weights", scratch / "token", free_port()
     write = "import pathlib, sys; from model_server.checkpoints.debug import write_debug_checkpoint; "
-    write += "write_debug_checkpoint(pathlib.Path(sys.argv[1]))"
+    write += "write_debug_checkpoint(pathlib.Path(sys.argv[1]), dense=True)"
     subprocess.run([sys.executable, "-c", write, str(weights)], cwd=ROOT, check=True)
     token.write_text("token-of-the-load-run\n")
     command = ["-m", "model_server.app", "--port", str(port), "--weights", str(weights), "--threads", "1"]
