@@ -136,6 +136,7 @@ def scene_provenance(scene: Scene, started: float) -> Provenance:
         image_digest=scene.digest,
         bands=list(scene.choice.indexes),
         stretch=str(scene.stretch),
+        placement=scene.placement,
         elapsed_s=elapsed(started),
     )
 

@@ -111,6 +111,7 @@ class Painter:
         plan, self._region = call.looks.finest, call.region
         x1, y1, x2, y2 = self._region
         self._georeference = call.scene.georeference
+        self._grid = call.scene.grid if self._georeference is None else self._georeference.transform
         self._frames = [TileFrame(region, plan.size(region)) for region in plan.regions]
         self._classes = dict(enumerate(classes, 1))
         self._blender = Blender(self._frames, self._region, len(classes))
@@ -175,7 +176,7 @@ class Painter:
         if self._writer is None:
             x1, y1, x2, _ = self._region
             place = self._georeference
-            grid = None if place is None else place.transform * Affine.translation(x1, y1)
+            grid = None if self._grid is None else self._grid * Affine.translation(x1, y1)
             wkt = None if place is None else place.crs_wkt
             mask = self._store.mask((x2 - x1, self._height), self._classes, wkt, grid)
             self._writer = self._stack.enter_context(mask)

@@ -70,6 +70,10 @@ class Provenance(Model):
     image_digest: str = Field(default="", description="digest of the image's content; of a pair both, earlier first")
     bands: list[int] = Field(default_factory=list, description="bands shown to the model, from 1, in order R, G, B")
     stretch: str = Field(default="", description="how band values became 8-bit values")
+    placement: str = Field(
+        default="",
+        description="what the image's place or grid comes from: transform, world file NAME, ground control points",
+    )
     tile_grid: TileGrid | None = Field(
         default=None, description="tiles that the region was read in; null where none was"
     )

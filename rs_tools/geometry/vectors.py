@@ -1,8 +1,8 @@
 """Masks and boxes as polygons: outlined in pixels, simplified, placed on Earth and measured.
 
 A mask is outlined while its rows pass by, strip by strip: pieces that meet at the edge of a strip are joined, so no
-seam shows. Only an area whose outline grows beyond `_MOST_POINTS` is given in parts, cut at the edges of strips, so that
-the memory taken stays bounded whatever the mask. Pixels that touch at a corner only are two objects.
+seam shows. Only an area whose outline grows beyond `_MOST_POINTS` is given in parts, cut at the edges of strips: the
+memory taken stays bounded whatever the mask. Pixels that touch at a corner only are two objects.
 """
 
 from __future__ import annotations

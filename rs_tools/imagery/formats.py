@@ -6,8 +6,7 @@ is chosen by the first bytes from a short list, so that no virtual format (VRT, 
 consulted, and what a file declares about itself is held against limits before a pixel is decoded.
 
 Sidecar files that count: overviews (.ovr) and masks (.msk), which must be TIFF files, and .aux.xml, which is small.
-Files of other names beside an image are never looked at, world files and RPC texts included: GDAL reads those line by
-line, which it cannot do through Python, and without a coordinate reference system they give no place.
+GDAL never sees files of other names beside an image; `beside` says which of those are read without it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Windows of an open raster as band values: averaged where reduced, missing pixels left out, in parts that fit memory."""
+"""Windows of an open raster as band values: averaged where reduced, without missing pixels, in parts that fit."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from pathlib import PurePath
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from affine import Affine
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
@@ -21,6 +22,7 @@ from rs_tools.errors import ImageError, RegionError
 from rs_tools.geometry.measures import Georeference
 from rs_tools.imagery.access import AccessPolicy, Source, Stamp, stamp_of
 from rs_tools.imagery.bands import BandChoice, BandInfo, choose_bands, guess_modality
+from rs_tools.imagery.beside import look_beside
 from rs_tools.imagery.formats import ByteSource
 from rs_tools.imagery.placing import Place, placed
 from rs_tools.imagery.reading import BandReader, eight_bit, window_of
@@ -64,6 +66,9 @@ class Scene:
         nodata: value of missing pixels in the first shown band, or None.
         crs_wkt: coordinate reference system, also where it gives no place on Earth; None where there is none.
         georeference: None where pixels have no known place.
+        grid: from pixels to map units of an unknown coordinate reference system; None where the place is known or
+            nothing is.
+        placement: what place or grid come from: transform, world file NAME, ground control points; empty for neither.
         choice: the bands that are shown.
         stretch: how their values become 8 bits; one for the whole scene.
         modality, modality_reason: best guess of the kind of measurement.
@@ -80,6 +85,8 @@ class Scene:
     nodata: float | None
     crs_wkt: str | None
     georeference: Georeference | None
+    grid: Affine | None
+    placement: str
     choice: BandChoice
     stretch: Stretch
     modality: Modality
@@ -111,7 +118,7 @@ class Scene:
             sample = _sample(dataset, choice)
             modality, reason = guess_modality(infos, choice, PurePath(source.name).stem, sample)
             stretch = _stretch(dataset, choice, sample, radar=modality == "sar")
-            place = placed(dataset)
+            place = placed(dataset, look_beside(policy, source))
             return cls(
                 source=source,
                 width=dataset.width,
@@ -120,6 +127,8 @@ class Scene:
                 nodata=dataset.nodatavals[choice.indexes[0] - 1],
                 crs_wkt=place.crs_wkt,
                 georeference=place.georeference,
+                grid=place.grid,
+                placement=place.origin,
                 choice=choice,
                 stretch=stretch,
                 modality=modality,

@@ -235,7 +235,7 @@ def test_an_overview_beside_the_image_that_names_another_file_is_refused(root: P
 
 
 def test_other_files_beside_an_image_are_not_looked_at(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("a.tab", "a.imd", "a.xml", "a.tif.ovr.ovr", "a.tif.vrt", "a.tfw", "b.ovr"):
+    for name in ("a.tab", "a.imd", "a.xml", "a.tif.ovr.ovr", "a.tif.vrt", "b.tfw", "b.ovr"):
         (root / name).write_text("")
     seen: list[str] = []
     real = os.open
