@@ -63,7 +63,7 @@ class _AtOnce:
     def fresh(self, query: Query) -> bool:
         return True
 
-    def begin(self, queries: Sequence[Query], priority: Priority) -> Sequence[TileAnswer]:
+    def begin(self, queries: Sequence[Query], priority: Priority) -> Sequence[Outcome]:
         return self._resident.answer(queries)
 
     def step(self, priority: Priority) -> Sequence[tuple[Hashable, TileAnswer]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Protocol, runtime_checkable
 
+from model_server.engine_errors import QueryFailed
 from model_server.feature_cache import ByteCache
 from model_server.memory_plan import MemoryPlan
 from model_server.protocol import ModelInfo, PerceiveRequest, Priority, Task, TileAnswer
@@ -33,8 +34,8 @@ class Resident(Protocol):
         """The labels of a classification that names none."""
         ...
 
-    def answer(self, queries: Sequence[Query]) -> Sequence[TileAnswer]:
-        """Answer a mixed batch, in order."""
+    def answer(self, queries: Sequence[Query]) -> Sequence[TileAnswer | QueryFailed]:
+        """Answer a mixed batch, in order; in the place of an answer that failed alone, why."""
         ...
 
     def route(self, task: Task) -> tuple[str, str]:

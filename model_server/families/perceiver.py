@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from model_server.families.asking import Dialect, Speaker
+from model_server.engine_errors import QueryFailed
+from model_server.families.asking import Dialect, Said, Speaker
 from model_server.families.reading import UNCALIBRATED
 from model_server.protocol import ModelInfo, PerceiveRequest, Task, TaskNotServed, TileAnswer
 from model_server.query import Query
+from model_server.text.malformed import MalformedText
 
 _BLANK = 64  # pixels a side
 
@@ -36,12 +38,12 @@ class PublishedPerceiver:
     def warnings(self, request: PerceiveRequest) -> list[str]:
         return [UNCALIBRATED, *self.dialect.cautions(request)]
 
-    def answer(self, queries: Sequence[Query]) -> list[TileAnswer]:
-        """Answer a mixed batch, in order; all messages of all queries are said together.
+    def answer(self, queries: Sequence[Query]) -> list[TileAnswer | QueryFailed]:
+        """Answer a mixed batch, in order; all messages of all queries are said together. Words that do not hold what
+        their format promises are a failure of their query alone.
 
         Raises:
             TaskNotServed: the family has no way to answer a query's task.
-            MalformedText: the model's words do not hold what its format promises.
         """
         for query in queries:
             if query.task not in self.tasks:
@@ -50,7 +52,13 @@ class PublishedPerceiver:
         asks = [self.dialect.ask(query) for query in queries]
         said = iter(self.speaker.say([ask for some in asks for ask in some]))
         heard = [[next(said) for _ in some] for some in asks]
-        return [self.dialect.read(query, words) for query, words in zip(queries, heard, strict=True)]
+        return [self._read(query, words) for query, words in zip(queries, heard, strict=True)]
+
+    def _read(self, query: Query, said: Sequence[Said]) -> TileAnswer | QueryFailed:
+        try:
+            return self.dialect.read(query, said)
+        except MalformedText as error:
+            return QueryFailed(f"the model's words for this {query.task} request cannot be read. {error}")
 
     def _named(self, query: Query) -> Query:
         return replace(query, labels=self.taxonomy) if query.task == "classify" and not query.labels else query

@@ -8,12 +8,22 @@ from functools import partial
 import numpy as np
 import pytest
 
+from model_server.engine_errors import QueryFailed
 from model_server.families.asking import Ask, Dialect, Said
 from model_server.families.fusar import FusarDialect
 from model_server.families.mfrsvlm import SYSTEM, MFRSVLMDialect, prompt
 from model_server.families.perceiver import PublishedPerceiver
 from model_server.families.plain import PlainDialect, square_boxes
-from model_server.protocol import ModelInfo, PerceiveRequest, Task, TaskNotServed, TileClasses, TileObjects, TileVqa
+from model_server.protocol import (
+    ModelInfo,
+    PerceiveRequest,
+    Task,
+    TaskNotServed,
+    TileCaption,
+    TileClasses,
+    TileObjects,
+    TileVqa,
+)
 from model_server.query import Query
 from model_server.text.malformed import MalformedText
 
@@ -21,8 +31,9 @@ IMAGE = np.zeros((40, 80, 3), np.uint8)
 # A question of the authors' own examples, word for word.
 DETECT = (
     "This is a SAR image. Please carefully check the image and detect the following object: plane. Output each "
-    "detected target’s bbox coordinates in JSON format. The format of the bbox coordinates is:  '''json [ {  \"bbox_2d\": [x1, "
-    'y1, x2, y2], "label": "category name" }, {  "bbox_2d": [x1, y1, x2, y2], "label": "category name" } ]  \'\'\'  If '
+    "detected target’s bbox coordinates in JSON format. The format of the bbox coordinates is:  '''json [ {  "
+    '"bbox_2d": [x1, y1, x2, y2], "label": "category name" }, {  "bbox_2d": [x1, y1, x2, y2], "label": "category '
+    "name\" } ]  '''  If "
     "there are no such targets in the image, simply respond with None."
 )
 
@@ -111,6 +122,14 @@ def test_a_classification_that_names_no_labels_gets_the_taxonomy() -> None:
     assert [answer.labels for answer in found if isinstance(answer, TileClasses)] == [
         ["forest", "harbor", "farm"], ["a", "b"]
     ]  # fmt: skip
+
+
+def test_words_that_cannot_be_read_fail_their_query_and_no_other() -> None:
+    asked = [Query("ground", IMAGE, text="ship"), Query("caption", IMAGE)]
+    boxes, words = perceiver("[1, 2, 3]").answer(asked)
+    assert isinstance(boxes, QueryFailed)
+    assert "cannot be read" in str(boxes)
+    assert isinstance(words, TileCaption)
 
 
 @pytest.mark.parametrize("task", ["segment", "detect_change"])
