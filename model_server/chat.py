@@ -182,6 +182,10 @@ _FIND = re.compile(
 _SEGMENT = re.compile(
     rf"{_PLEASE}(?:segment|outline)(?: out)?:? {_ALL}(?P<what>[^.\n;!]+?){_PICTURE}\s*(?:[.\n;!].*)?", re.S
 )
+_WHERE = re.compile(r"where (?:is|are) (?:the )?(?P<what>[^?\n]+)\?", re.I)
+_SHORT = re.compile(
+    r"\s*\banswer (?:the question )?(?:using|with|in) (?:a |one )?(?:single )?word or phrase\.?\s*\Z", re.I
+)
 _CLASSIFY = re.compile(rf"{_PLEASE}classify\b[^:]*(?::\s*(?P<what>[^\n]+))?", re.S)
 
 
@@ -207,11 +211,12 @@ def _meant(text: str, images: int) -> dict[str, object]:
     if token == "[REF]":
         raise CallError("describing a region by [REF] is not served: crop the image to it, ask [CAP]", "messages")
     if task := TOKENS.get(token):
-        return {"task": task, ("labels" if task in LISTS else "text"): _labels(rest) if task in LISTS else rest}
+        return _told(task, rest, images)
     if images == 2:
         return {"task": "detect_change", "text": text}
     if len(text) > MAX_TEXT:
         return {"task": "vqa", "text": text}  # and refused as such
+    text = _SHORT.sub("", text)
     words = " ".join(text.lower().split())
     if not words or _DESCRIBE.fullmatch(words):
         return {"task": "caption", "detail": "full" if _FULL.search(words) else "short"}
@@ -225,7 +230,21 @@ def _meant(text: str, images: int) -> dict[str, object]:
     return {"task": "vqa", "text": text}
 
 
+def _told(task: Task, text: str, images: int) -> dict[str, object]:
+    """The same after a task token; what RSUniVLM's published prompts say there is understood too."""
+    if task == "segment" and images == 2:
+        return {"task": "detect_change", "text": text}
+    if task == "caption":
+        return {"task": task, "detail": "full" if _FULL.search(text.lower()) else "short"}
+    if task == "ground" and (match := _WHERE.fullmatch(text)):
+        return {"task": task, "text": match["what"]}
+    if task in LISTS:
+        return {"task": task, "labels": _labels(text.partition(":")[2] or text)}
+    return {"task": task, "text": _SHORT.sub("", text)}
+
+
 def _labels(text: str) -> list[str]:
-    """A list in words: "road, trees and water"."""
+    """A list in words: "road, trees and water"; what follows the list as a sentence of its own is not in it."""
+    text = re.split(r"\.\s+[Aa]nswer\b", text)[0]
     names = (re.sub(r"^the ", "", name.strip(" .\n\t")) for name in re.split(r",|\band\b|\n", text))
     return list(dict.fromkeys(name for name in names if name))

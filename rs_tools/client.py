@@ -16,7 +16,7 @@ from model_server.protocol import (
     decode_response,
     encode_request,
 )
-from rs_tools.errors import InputError, NotServed, ServerBusy, ServerError, ServerUnavailable
+from rs_tools.errors import DeadlinePassed, InputError, NotServed, ServerBusy, ServerError, ServerUnavailable
 from rs_tools.local_server import LocalServer, find_or_start
 
 # A large scene on a CPU is minutes of work; a deadline for the whole belongs to the caller, who may cancel.
@@ -90,40 +90,53 @@ class ModelClient:
             raise ServerError(f"{response.url} does not answer in JSON: is it an rs-model-server?") from error
 
     async def _call(self, method: str, path: str, body: bytes | None = None) -> httpx.Response:
-        """One answer with status 200. A broken connection is tried once more: every call may be repeated."""
+        """One answer with status 200. A broken connection is tried once more: every call may be repeated.
+
+        A local server that had ended before the call is found or started again. One that ends in mid-call is not: what
+        was asked may be what ended it. The caller hears so at once, and the next call starts a server.
+        """
+        server = await self._local_server()
         try:
-            return _checked(await self._send(method, path, body))
+            return _checked(await self._send(server, method, path, body))
         except httpx.ReadTimeout as error:
             raise ServerUnavailable(
-                f"the model server at {self._where()[0]} gave no answer within {TIMEOUT.read:.0f} s: "
+                f"the model server at {self._where(server)[0]} gave no answer within {TIMEOUT.read:.0f} s: "
                 "ask for a smaller region"
             ) from error
+        except (httpx.ConnectError, httpx.ConnectTimeout):
+            self._forget(server)  # it may have been killed, or have ended by being idle
+            server = await self._local_server()
         except httpx.TransportError:
-            self._local = None  # it may have been killed, or have ended by being idle: find or start it again
+            pass  # broken in mid-call: by a server that ended, or by the network
         try:
-            return _checked(await self._send(method, path, body))
+            return _checked(await self._send(server, method, path, body))
         except httpx.TransportError as error:
-            where, advice = self._where()
+            self._forget(server)
+            where, advice = self._where(server)
             raise ServerUnavailable(
                 f"the model server at {where} does not answer ({type(error).__name__}: {error}): {advice}"
             ) from error
 
-    async def _send(self, method: str, path: str, body: bytes | None) -> httpx.Response:
-        url, token = self._url, self._token
-        if url is None:
-            server = await self._local_server()
-            url, token = server.url, server.token
+    async def _send(self, server: LocalServer | None, method: str, path: str, body: bytes | None) -> httpx.Response:
+        url, token = (self._url or "", self._token) if server is None else (server.url, server.token)
         headers = {"Content-Type": "application/octet-stream"} if body is not None else {}
         if token:
             headers["Authorization"] = f"Bearer {token}"
         return await self._http.request(method, url + path, content=body, headers=headers)
 
-    def _where(self) -> tuple[str, str]:
-        if self._local is not None:
-            return self._local.url, f"it says {self._local.log_tail()}"
+    def _where(self, server: LocalServer | None) -> tuple[str, str]:
+        if server is not None:
+            return server.url, f"call again, and a new one is started; it said {server.log_tail()}"
         return self._url or "this machine", "start it with `rs-model-server`, or check the url"
 
-    async def _local_server(self) -> LocalServer:
+    def _forget(self, server: LocalServer | None) -> None:
+        if self._local is server:  # otherwise another call has a new one already
+            self._local = None
+
+    async def _local_server(self) -> LocalServer | None:
+        """This user's server, found or started; None where a url is given."""
+        if self._url is not None:
+            return None
         async with self._finding:
             if self._local is None:
                 server = await asyncio.to_thread(find_or_start, self._weights)
@@ -158,13 +171,15 @@ def _checked(response: httpx.Response) -> httpx.Response:
     if response.status_code == 200:
         return response
     message = _message(response)
-    if response.status_code == 503:
+    if response.status_code in (429, 503):
         wait_s = float(response.headers.get("Retry-After", 1))
         raise ServerBusy(f"the model server is busy: {message}; call again in {wait_s:.0f} s", wait_s)
     if response.status_code == 401:
         message = f"{message}: give the token of the server at {response.url.host}"
     if response.status_code == 501:
         raise NotServed(message)  # nothing is wrong with the server: its model cannot do this
+    if response.status_code == 504:
+        raise DeadlinePassed(message)
     raise ServerError(f"the model server answered {response.status_code}: {message}")
 
 

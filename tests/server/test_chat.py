@@ -49,6 +49,10 @@ def body(messages: list[dict[str, Any]], **fields: Any) -> bytes:
         ("[VG] ship", "ground", "ship"),
         ("[vqa] find what?", "vqa", "find what?"),
         ("[CAP]", "caption", ""),
+        ("[CAP] Describe this image briefly.", "caption", ""),
+        ("[VG] Where is the storage tank?", "ground", "storage tank"),
+        ("Is it urban?\nAnswer the question using a single word or phrase.", "vqa", "Is it urban?"),
+        ("[VQA] Is it urban? Answer with one word or phrase.", "vqa", "Is it urban?"),
     ],
 )
 def test_words_become_a_task(text: str | None, task: str, words: str) -> None:
@@ -64,6 +68,9 @@ def test_words_become_a_task(text: str | None, task: str, words: str) -> None:
         ("Classify the scene: forest, harbor", "classify", ["forest", "harbor"]),
         ("Classify the scene.", "classify", []),
         ("[CLS] forest, harbor", "classify", ["forest", "harbor"]),
+        ("[CLS] Choose one of: forest, harbor. Answer with one word.", "classify", ["forest", "harbor"]),
+        ("Classify it as one of: forest, harbor. Answer with the class alone.", "classify", ["forest", "harbor"]),
+        ("[SEG] road.", "segment", ["road"]),
     ],
 )
 def test_lists_of_classes_become_labels(text: str, task: str, labels: list[str]) -> None:

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,10 +53,27 @@ def shared_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def kill(pid: int) -> None:
+    """Kill it, and wait until it has gone: until then it holds its connections."""
     try:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         return
+    for _ in range(1000):
+        if not _lives(pid):
+            return
+        time.sleep(0.005)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return os.waitpid(pid, os.WNOHANG) == (0, 0)
+    except ChildProcessError:  # started by another process, or gone
+        pass
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def only_state(directory: Path) -> Path:
@@ -74,8 +92,9 @@ def only_log(directory: Path) -> Path:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110 - the worker thread gives no event to wait for
-        await asyncio.sleep(0.001)
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - the worker thread gives no event to wait for
+            await asyncio.sleep(0.001)
 
 
 async def local_pid(weights: Path) -> int:
@@ -125,6 +144,27 @@ async def test_a_killed_server_is_replaced_by_the_next_call(debug_weights: Path)
         kill(pid)
         after = await client.perceive(CAPTION, [picture(1)])
         assert after.captions == before.captions
+        assert (await client.health())["pid"] != pid
+
+
+@pytest.mark.usefixtures("shared_state")
+async def test_a_server_killed_in_mid_call_is_an_error_at_once_and_the_next_call_has_a_new_one(
+    debug_weights: Path,
+) -> None:
+    async with ModelClient(weights=str(debug_weights)) as client, ModelClient(weights=str(debug_weights)) as watcher:
+
+        async def captions() -> int:
+            return (await watcher.health())["engine"]["requests"].get("caption", 0)
+
+        pid, before = (await client.health())["pid"], await captions()
+        running = asyncio.create_task(client.perceive(CAPTION, [picture(i) for i in range(256)]))
+        while await captions() == before:
+            assert not running.done()
+        kill(pid)
+        with pytest.raises(ServerUnavailable, match=r"does not answer.*call again, and a new one is started"):
+            async with asyncio.timeout(10):  # no new server is waited for
+                await running
+        assert (await client.perceive(CAPTION, [picture(1)])).captions
         assert (await client.health())["pid"] != pid
 
 
