@@ -82,7 +82,8 @@ def http_server(model_server: ModelServer, token_file: Path, root: Path, artifac
     port = free_port()
     arguments = ["--root", str(root), "--model-url", model_server.url, "--token-file", str(token_file)]
     arguments += ["--artifacts", str(artifacts)]
-    command = [sys.executable, "-m", "mcp_server", *arguments, "--http", "--port", str(port)]
+    arguments += ["--http", "--port", str(port), "--uploads", str(artifacts.with_name("uploads"))]
+    command = [sys.executable, "-m", "mcp_server", *arguments]
     process = subprocess.Popen(command)
     try:
         wait_until(lambda: accepts(port))
