@@ -1,22 +1,24 @@
 """Boxes, masks and change: the dense branch of a loaded model, asked in batches.
 
 Every query becomes looks at its image: one at the scale of its concept, or several where objects are searched over
-scales (working_scale). Looks of one padded size go through the network together, and queries that ask the same array
-at the same scale share one look. What comes back lies on the pixels of the image that was given.
+scales (working_scale). Looks of one padded size go through the network together, and queries on the same pixels at
+the same scale share one look, also with later ones while its features are kept. What comes back lies on the pixels of
+the image that was given.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from model_server.calibration import DenseCalibration
+from model_server.feature_cache import ByteCache
 from model_server.known_phrases import KnownPhrases, Meaning
 from model_server.model.dense import DenseBranch, Found, Maps, early_maps, objects_of
 from model_server.model.looks import Frame, stacked
@@ -28,6 +30,7 @@ from model_server.scale_search import Sighting, combined
 from model_server.working_scale import bounded, box_scales, change_kind, change_scale, mask_scales
 
 FLOOR = 0.02  # calibrated score of the least object that is given
+KEPT_SHARE = 1 / 16  # of the cache: features of a larger look would push out those of a hundred small ones
 PASS_PIXELS = 2**20  # looked at in one pass: enough to keep a processor busy, and little memory
 
 _T = TypeVar("_T")
@@ -38,6 +41,7 @@ class _Look:
     """One image at one scale, and which queries it answers with boxes or masks."""
 
     image: np.ndarray
+    digest: bytes
     frame: Frame
     scale: float
     boxes: list[int] = field(default_factory=list)
@@ -59,12 +63,15 @@ class DensePerceiver:
     Args:
         backbone: of the model, whose first blocks are shared; norms folded.
         embed: phrases -> unit sentence vectors [N, S].
+        cache: where features of looks are kept for the next phrase or class; None while weights change.
     """
 
     def __init__(self, backbone: Backbone, branch: DenseBranch, calibration: DenseCalibration,
-                 embed: Callable[[Sequence[str]], Tensor], device: torch.device) -> None:  # fmt: skip
+                 embed: Callable[[Sequence[str]], Tensor], device: torch.device,
+                 cache: ByteCache[Any] | None = None) -> None:  # fmt: skip
         self.backbone, self.branch, self.calibration, self.device = backbone, branch, calibration, device
         self.phrases = KnownPhrases(embed)
+        self.cache = cache
 
     @torch.inference_mode()
     def answer(self, queries: Sequence[Query]) -> list[TileObjects | TileMasks | TileChange]:
@@ -104,11 +111,20 @@ class DensePerceiver:
         return self.branch.maps(early_maps(self.backbone, images.to(self.device), self.branch.config.shared))
 
     def _features(self, looks: Sequence[_Look]) -> Iterator[tuple[_Look, Tensor]]:
-        """Every look with its features [1, C, H/4, W/4]."""
-        for group in _passes(looks, lambda look: look.frame, 1):
+        """Every look with its features [1, C, H/4, W/4]; those kept from before first."""
+        missing = []
+        for look in looks:
+            known = None if self.cache is None else self.cache.get(_key(look))
+            if known is None:
+                missing.append(look)
+            else:
+                yield look, known
+        for group in _passes(missing, lambda look: look.frame, 1):
             x = stacked([look.frame for look in group], [look.image for look in group])
-            features = self.branch.features(self._maps(x))
-            yield from zip(group, features.split(1), strict=True)
+            for look, features in zip(group, self.branch.features(self._maps(x)).split(1), strict=True):
+                if self.cache is not None and features.nbytes <= KEPT_SHARE * self.cache.limit:
+                    self.cache.put(_key(look), features.clone(), features.nbytes)
+                yield look, features
 
     def _sightings(self, look: _Look, features: Tensor, asked: Sequence[Meaning]) -> list[Sighting]:
         """Each phrase's objects in one look."""
@@ -193,17 +209,17 @@ def _singled_out(found: TileObjects, relation: Relation, image: np.ndarray) -> T
 
 def _looks(queries: Sequence[Query], meanings: dict[str, Meaning]) -> list[_Look]:
     """What has to be looked at, each image and scale once."""
-    looks: dict[tuple[int, tuple[int, int]], _Look] = {}
+    looks: dict[Hashable, _Look] = {}
 
-    def at(image: np.ndarray, scale: float) -> _Look:
-        scale = bounded(scale, image)
-        frame = Frame.of(image, scale)
-        return looks.setdefault((id(image), frame.seen), _Look(image, frame, scale))
+    def at(query: Query, scale: float) -> _Look:
+        scale = bounded(scale, query.image)
+        look = _Look(query.image, query.digest, Frame.of(query.image, scale), scale)
+        return looks.setdefault(_key(look), look)
 
     for i, query in enumerate(queries):
         if query.task == "ground":
             scales = box_scales(meanings[query.text].concept, query.modality, query.gsd_m)
-            for look in {id(look): look for look in (at(query.image, scale) for scale in scales)}.values():
+            for look in {id(look): look for look in (at(query, scale) for scale in scales)}.values():
                 look.boxes.append(i)
         elif query.task == "segment":
             rows: dict[float, list[int]] = defaultdict(list)
@@ -211,8 +227,12 @@ def _looks(queries: Sequence[Query], meanings: dict[str, Meaning]) -> list[_Look
                 for scale in mask_scales(meanings[label].concept, query.modality, query.gsd_m):
                     rows[scale].append(row)
             for scale, some in rows.items():
-                at(query.image, scale).masks.append((i, some))
+                at(query, scale).masks.append((i, some))
     return list(looks.values())
+
+
+def _key(look: _Look) -> Hashable:
+    return "look", look.digest, look.frame.seen
 
 
 def _passes(items: Sequence[_T], frame_of: Callable[[_T], Frame], images: int) -> Iterator[list[_T]]:

@@ -111,8 +111,8 @@ class Engine:
     async def start(self) -> None:
         """Load the model and begin to answer. Raises what `load` raises."""
         loop = asyncio.get_running_loop()
-        self.perceiver = await loop.run_in_executor(self._device, self._load)
-        self._owner = owner = Device(self.perceiver, self._max_batch)
+        self.perceiver = model = await loop.run_in_executor(self._device, self._load)
+        self._owner = owner = Device(model, self._max_batch)
         self._room = owner.room()
         if owner.model.plan is not None:
             logger.info("memory %s", owner.model.plan)
@@ -278,7 +278,7 @@ class Engine:
                 unwanted, self._unwanted = self._unwanted, []
                 self._room = await run(self._device, device.drop, unwanted)
                 continue
-            wanting = [p for p in PRIORITIES if self._next(p) is not None]
+            wanting: list[Priority] = [p for p in PRIORITIES if self._next(p) is not None]
             if not wanting:
                 if self._closing:
                     return

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, get_args
+from typing import Any, TypedDict, get_args
 
 import numpy as np
 import torch
@@ -95,6 +95,8 @@ class Perceiver:
         self.tokenizer, self.sentence_tokenizer = loaded.tokenizer, loaded.sentence_tokenizer
         self.calibration = loaded.calibration
         self.device = torch.device(device)
+        self.plan = self._plan(weights)
+        self.cache: ByteCache[Any] = ByteCache(self.plan.cache)  # `Seen` of words, features of looks
         self.sentences = Sentences(self.model, self.sentence_tokenizer)
         self.dense: DensePerceiver | None = None
         if can_pack(self.device):
@@ -103,8 +105,9 @@ class Perceiver:
                 pack(loaded.dense.blocks)
         if loaded.dense is not None:
             self.dense = DensePerceiver(
-                self.model.backbone, loaded.dense, loaded.dense_calibration, self.sentences.vectors, self.device
-            )
+                self.model.backbone, loaded.dense, loaded.dense_calibration, self.sentences.vectors, self.device,
+                self.cache,
+            )  # fmt: skip
         self.tasks: tuple[Task, ...] = (*WORDS, *DENSE) if self.dense else WORDS
         self.info = ModelInfo(
             model=self.config.name,
@@ -117,8 +120,6 @@ class Perceiver:
         self.taxonomy = tuple(name for name in self.config.labels if name not in merged)
         self._banned = torch.zeros(self.config.decoder.vocab_size, dtype=torch.bool, device=self.device)
         self._banned[[self.tokenizer.pad, *self.tokenizer.tasks.values()]] = True
-        self.plan = self._plan(weights)
-        self.cache: ByteCache[Seen] = ByteCache(self.plan.cache)
         self._salt = f"{loaded.digest} {self.config.image_size}"
         self._lanes: dict[tuple[Task, Priority], Lane] = {
             (task, priority): Lane(

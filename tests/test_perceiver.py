@@ -10,7 +10,7 @@ from PIL import Image
 
 from model_server.calibration import Calibration, Logistic
 from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver, Query, WeightsError, Writing
-from model_server.protocol import TileAnswer, TileCaption, TileClasses, TileVqa
+from model_server.protocol import TileAnswer, TileCaption, TileClasses, TileMasks, TileObjects, TileVqa
 from model_server.text.answers import answer_kind
 
 ROOT = Path(__file__).parents[1]
@@ -170,6 +170,39 @@ def test_more_queries_than_there_are_places_are_all_answered(debug_weights: Path
     answers = perceiver.answer([Query("caption", picture(i % 3)) for i in range(room + 3)])
     assert len(answers) == room + 3
     assert answers[0] == answers[3]
+
+
+def test_boxes_and_masks_at_one_scale_share_the_features_of_a_look_and_are_those_found_without_the_cache(
+    dense_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    perceiver = Perceiver.load(dense_weights)
+    assert perceiver.dense is not None
+    image = picture(9)
+    queries = [
+        Query("ground", image, text="ship", gsd_m=0.5), Query("ground", image.copy(), text="vessel", gsd_m=0.5),
+        Query("segment", image, labels=("ship",), gsd_m=2.0), Query("segment", image, labels=("sea ice",)),
+    ]  # fmt: skip
+    alone = []
+    for query in queries:
+        perceiver.free_memory()
+        alone += perceiver.answer([query])
+    looked: list[int] = []
+    features = perceiver.dense.branch.features
+    monkeypatch.setattr(perceiver.dense.branch, "features", lambda maps: looked.append(1) or features(maps))
+    perceiver.free_memory()
+    first = perceiver.answer(queries[:1])
+    passes = len(looked)
+    kept = first + [answer for query in queries[1:] for answer in perceiver.answer([query])]
+    assert passes > 0
+    assert len(looked) < 2 * passes + 2
+    for answer, expected in zip(kept, alone, strict=True):
+        if isinstance(answer, TileObjects):
+            assert isinstance(expected, TileObjects)
+            np.testing.assert_allclose(answer.scores, expected.scores, atol=1e-4)
+        else:
+            assert isinstance(answer, TileMasks)
+            assert isinstance(expected, TileMasks)
+            assert np.abs(answer.probabilities.astype(int) - expected.probabilities).max() <= 1
 
 
 def test_class_scores_are_probabilities_over_just_the_labels_asked_for(perceiver: Perceiver) -> None:

@@ -1,0 +1,345 @@
+"""The engine in one process: how many tiles it answers, how long callers wait, and what each part of it is worth.
+
+    python benchmarks/engine.py                               # all tables, some minutes
+    python benchmarks/engine.py callers bulk --requests 96    # two of them, longer runs
+    python benchmarks/engine.py --threads 2 --out engine.json
+
+Tables:
+  machine   what the processor can do: matrix products and memory bandwidth, per thread count used here
+  callers   throughput and latency at 1, 4, 16 and 64 callers, captions, answers and classes in turn, on images never
+            seen and on images seen before; beside it one query at a time, and static batches of 16, without the engine
+  bulk      an interactive question alone, and while a caller sends a large scene as bulk
+  mixed     captions (image), boxes (region) and masks (pixel) alone and in turn
+  tools     six questions on one image against the same on six images
+  parts     the cache switched off; experts mixed in one step against one expert for all
+
+Wall times mean little where other work shares the cores. CPU seconds count the work itself: with one thread a tile per
+CPU second is a tile per second of a core of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the server does, before torch is loaded
+
+import numpy as np
+import torch
+
+from model_server.app import _keep_freed_memory
+from model_server.engine import Engine
+from model_server.model.config import EXPERTS, nano
+from model_server.model.rsvlm import RSVLM
+from model_server.model.seen import prefixes, see
+from model_server.model.slots import Lane, Prefix, prefill
+from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver, Query
+from model_server.protocol import PerceiveRequest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from latency import SCENE, percentile, read_tiles
+
+WORDS = (
+    PerceiveRequest(task="caption"),
+    PerceiveRequest(task="vqa", text="Is there a road in the image?"),
+    PerceiveRequest(task="classify"),
+)
+GRANULARITIES = {
+    "image": PerceiveRequest(task="caption"),
+    "region": PerceiveRequest(task="ground", text="building", gsd_m=0.3),
+    "pixel": PerceiveRequest(task="segment", labels=["road"], gsd_m=0.5),
+}
+CALLERS = (1, 4, 16, 64)
+STATIC = 16
+
+Row = list[str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What some requests took."""
+
+    tiles: int
+    wall_s: float
+    cpu_s: float
+    waits: Sequence[float] = ()
+
+    @property
+    def cpu_ms(self) -> float:
+        return 1000 * self.cpu_s / self.tiles
+
+    def columns(self) -> Row:
+        return [f"{self.tiles / self.wall_s:.1f}", f"{self.tiles / self.cpu_s:.1f}", f"{self.cpu_ms:.1f}"]
+
+
+COLUMNS = ["tiles/s", "tiles per CPU s", "CPU ms/tile"]
+
+
+class Bench:
+    """The model, tiles, and the tables measured so far."""
+
+    def __init__(self, perceiver: Perceiver, requests: int) -> None:
+        self.perceiver, self.requests = perceiver, requests
+        self._tiles = read_tiles(SCENE, 16)
+        self._made = itertools.count()
+        self.tables: dict[str, list[Row]] = {}
+
+    def fresh(self) -> np.ndarray:
+        """A tile that nobody has seen."""
+        n = next(self._made)
+        tile = self._tiles[n % len(self._tiles)].copy()
+        tile[0, :8, 0] = [n >> 4 * i & 15 for i in range(8)]
+        return tile
+
+    def known(self) -> np.ndarray:
+        return self._tiles[next(self._made) % len(self._tiles)]
+
+    def table(self, name: str, header: Row, rows: list[Row]) -> None:
+        self.tables[name] = [header, *rows]
+        print(f"\n{name}\n", flush=True)
+        for row in (header, ["---"] * len(header), *rows):
+            print(f"| {' | '.join(row)} |", flush=True)
+
+
+def timed(work: Callable[[], int]) -> Run:
+    wall, cpu = time.perf_counter(), time.process_time()
+    tiles = work()
+    return Run(tiles, time.perf_counter() - wall, time.process_time() - cpu)
+
+
+async def timed_async(work: Awaitable[list[float]]) -> Run:
+    """`work` gives each caller's waits."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    waits = await work
+    return Run(len(waits), time.perf_counter() - wall, time.process_time() - cpu, waits)
+
+
+async def ask(engine: Engine, callers: int, requests: int, asked: Sequence[PerceiveRequest],
+              image: Callable[[], np.ndarray]) -> list[float]:  # fmt: skip
+    """So many callers, each of whom asks again when it has its answer; the waits of all."""
+    turns = iter(range(requests))
+    waits: list[float] = []
+
+    async def caller() -> None:
+        for turn in turns:
+            started = time.perf_counter()
+            await engine.perceive(asked[turn % len(asked)], [image()])
+            waits.append(time.perf_counter() - started)
+
+    await asyncio.gather(*(caller() for _ in range(callers)))
+    return waits
+
+
+@contextlib.asynccontextmanager
+async def serving(bench: Bench) -> AsyncIterator[Engine]:
+    bench.perceiver.free_memory()
+    engine = Engine(lambda: bench.perceiver)
+    await engine.start()
+    yield engine
+    await engine.close()
+
+
+def measure_machine(bench: Bench) -> None:
+    """The best of some matrix products, and of some copies of an array larger than the caches."""
+    n = 1024
+    a, big = torch.randn(n, n), torch.zeros(32 * 2**20)
+    product = min(timed(lambda: int((a @ a).shape[0])).wall_s for _ in range(20))
+    copy = min(timed(lambda: big.clone().shape[0]).wall_s for _ in range(5))
+    rows = [
+        ["matrix products, float32", f"{2 * n**3 / product / 1e9:.0f} GFLOP/s"],
+        ["copying memory", f"{2 * big.nbytes / copy / 1e9:.1f} GB/s"],
+        ["load average", f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"],
+    ]
+    bench.table(f"machine, {torch.get_num_threads()} threads", ["what", "measured"], rows)
+
+
+async def measure_callers(bench: Bench) -> None:
+    for kind, image in (("never seen", bench.fresh), ("seen before", bench.known)):
+        rows, base = [], None
+        async with serving(bench) as engine:
+            if kind == "seen before":
+                await ask(engine, 1, 2 * STATIC * len(WORDS), WORDS, image)
+            for callers in CALLERS:
+                run = await timed_async(ask(engine, callers, max(bench.requests, callers), WORDS, image))
+                base = base or run
+                ratio = [f"{base.wall_s / base.tiles * run.tiles / run.wall_s:.2f}", f"{base.cpu_ms / run.cpu_ms:.2f}"]
+                waits = [f"{1000 * percentile(list(run.waits), share):.0f}" for share in (0.5, 0.95, 0.99)]
+                rows.append([f"{callers} callers", *run.columns(), *ratio, *waits])
+        for name, size in (("one query at a time, no engine", 1), (f"static batches of {STATIC}, no engine", STATIC)):
+            run = timed(lambda size=size, image=image: answer_statically(bench, size, image))
+            rows.append([name, *run.columns(), *["-"] * 5])
+        header = ["images " + kind, *COLUMNS, "x (wall)", "x (CPU)", "p50 ms", "p95 ms", "p99 ms"]
+        bench.table(f"callers, images {kind}", header, rows)
+
+
+def answer_statically(bench: Bench, size: int, image: Callable[[], np.ndarray]) -> int:
+    """Whole batches through the model, of the same questions."""
+    count = max(bench.requests // size, 1)
+    for batch in range(count):
+        asked = [WORDS[(batch * size + i) % len(WORDS)] for i in range(size)]
+        bench.perceiver.answer([Query(request.task, image(), text=request.text) for request in asked])
+    return count * size
+
+
+async def measure_bulk(bench: Bench) -> None:
+    async def interactive(engine: Engine, count: int) -> list[float]:
+        return await ask(engine, 1, count, WORDS, bench.fresh)
+
+    async def scene(engine: Engine) -> None:
+        while True:
+            tiles = [bench.fresh() for _ in range(32)]
+            await engine.perceive(WORDS[0], tiles, priority="bulk", caller="scene")
+            answered.append(len(tiles))
+
+    rows, answered = [], []
+    count = max(bench.requests // 2, 20)
+    async with serving(bench) as engine:
+        alone = await timed_async(interactive(engine, count))
+        bulk = [asyncio.create_task(scene(engine)) for _ in range(3)]
+        await asyncio.sleep(1)
+        before = engine.stats.tiles
+        loaded = await timed_async(interactive(engine, count))
+        done = engine.stats.tiles - before - count
+        for task in bulk:
+            task.cancel()
+        await asyncio.gather(*bulk, return_exceptions=True)
+    p95 = [percentile(list(run.waits), 0.95) for run in (alone, loaded)]
+    for name, run, beside, tail in (("alone", alone, 0, p95[0]), ("under bulk load", loaded, done, p95[1])):
+        half = percentile(list(run.waits), 0.5)
+        rows.append([name, f"{1000 * half:.0f}", f"{1000 * tail:.0f}", f"{tail / p95[0]:.2f}", str(beside)])
+    bench.table("bulk", ["an interactive question", "p50 ms", "p95 ms", "p95 x", "bulk tiles meanwhile"], rows)
+
+
+async def measure_mixed(bench: Bench) -> None:
+    rows, costs = [], []
+    async with serving(bench) as engine:
+        for name, request in GRANULARITIES.items():
+            run = await timed_async(ask(engine, STATIC, bench.requests, (request,), bench.fresh))
+            costs.append((run.wall_s / run.tiles, run.cpu_ms))
+            rows.append([f"{name} alone ({request.task})", *run.columns(), "-", "-"])
+        run = await timed_async(ask(engine, STATIC, bench.requests, tuple(GRANULARITIES.values()), bench.fresh))
+    wall, cpu = (sum(cost[i] for cost in costs) / len(costs) for i in (0, 1))
+    rows.append(["all three in turn", *run.columns(), f"{wall / (run.wall_s / run.tiles):.2f}",
+                 f"{cpu / run.cpu_ms:.2f}"])  # fmt: skip
+    header = ["16 callers", *COLUMNS, "of the mean of the three alone (wall)", "(CPU)"]
+    bench.table("mixed", header, rows)
+
+
+async def measure_tools(bench: Bench) -> None:
+    after = bench.fresh()
+    tools = [
+        *WORDS, GRANULARITIES["region"], PerceiveRequest(task="segment", labels=["building"], gsd_m=0.3),
+        PerceiveRequest(task="detect_change", gsd_m=0.5),
+    ]  # fmt: skip
+    encode = [timed(lambda: len(see_one(bench))) for _ in range(max(bench.requests // 4, 5))]
+    one_encoding = sorted(run.cpu_ms for run in encode)[len(encode) // 2]
+
+    async def cost(engine: Engine, asked: Sequence[PerceiveRequest], same: bool) -> float:
+        runs = []
+        for _ in range(max(bench.requests // 12, 3)):
+            image = bench.fresh()
+            wall, cpu = time.perf_counter(), time.process_time()
+            for request in asked:
+                tile = image if same else bench.fresh()
+                await engine.perceive(request, [tile, after] if request.task == "detect_change" else [tile])
+            runs.append(Run(1, time.perf_counter() - wall, time.process_time() - cpu).cpu_ms)
+        return sorted(runs)[len(runs) // 2]
+
+    rows = [["one encoding of an image, all views", f"{one_encoding:.0f}", "1.00"]]
+    async with serving(bench) as engine:
+        for name, asked in (("caption, vqa, classify", WORDS), ("all six tools", tuple(tools))):
+            for same in (True, False):
+                spent = await cost(engine, asked, same)
+                of = "one image" if same else "an image each"
+                rows.append([f"{name}, {of}", f"{spent:.0f}", f"{spent / one_encoding:.2f}"])
+    bench.table("tools", ["what", "CPU ms", "x one encoding"], rows)
+
+
+@torch.inference_mode()
+def see_one(bench: Bench) -> list[object]:
+    perceiver = bench.perceiver
+    return list(see(perceiver.model, perceiver._pixels([bench.fresh()])))
+
+
+async def measure_parts(bench: Bench) -> None:
+    rows = []
+    limit = bench.perceiver.cache.limit
+    for name, kept in (("with the cache", limit), ("without", 0)):
+        bench.perceiver.cache.limit = kept
+        async with serving(bench) as engine:
+            await ask(engine, 1, STATIC * len(WORDS), WORDS, bench.known)
+            run = await timed_async(ask(engine, STATIC, bench.requests, WORDS, bench.known))
+        rows.append([f"16 callers on 16 images, {name}", *run.columns()])
+    bench.perceiver.cache.limit = limit
+    bench.table("parts: cache", ["what", *COLUMNS], rows)
+    rows = [[name, f"{ms:.1f}"] for name, ms in step_costs().items()]
+    bench.table("parts: routing", ["a step of 16 answers, random weights of nano with three experts", "CPU ms"], rows)
+
+
+@torch.inference_mode()
+def step_costs(steps: int = 12) -> dict[str, float]:
+    """CPU milliseconds of a step, all sequences with one expert against a third with each."""
+    config = nano()
+    config = replace(config, decoder=replace(config.decoder, experts=EXPERTS))
+    model = RSVLM(config).eval()
+    model.backbone.fold_norms()
+    image = torch.randint(0, 256, (1, 3, config.image_size, config.image_size), dtype=torch.uint8)
+    (seen,) = see(model, image)
+    by_expert = [prefixes(model, [seen], 1, expert)[0] for expert in range(3)]
+    banned = torch.zeros(config.decoder.vocab_size, dtype=torch.bool)
+    costs = {}
+    for name, experts in (("one expert", [0] * STATIC), ("three experts", [i % 3 for i in range(STATIC)])):
+        lane = Lane(model, sequences=STATIC, views=1, prompt=model.visual_tokens + 1, beams=5, steps=steps + 4, end=0,
+                    banned=banned, length_power=0.0)  # fmt: skip
+        for i, expert in enumerate(experts):
+            lane.join([i], prefill(model, Prefix.joined([by_expert[expert]]), 1, None))
+        runs = [timed(lambda lane=lane: len(lane.step()) or 1).cpu_s for _ in range(steps)]
+        costs[name] = 1000 * sorted(runs)[len(runs) // 2]
+    return costs
+
+
+TABLES: dict[str, Callable[[Bench], Awaitable[None]]] = {
+    "callers": measure_callers, "bulk": measure_bulk, "mixed": measure_mixed, "tools": measure_tools,
+    "parts": measure_parts,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}; none = all of them")
+    parser.add_argument("--requests", type=int, default=48, help="requests of each measurement (default 48)")
+    parser.add_argument("--threads", type=int, default=1, help="of the model (default 1, so that CPU seconds add up)")
+    parser.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="checkpoint (default: the embedded one)")
+    parser.add_argument("--out", type=Path, help="write the tables as JSON")
+    options = parser.parse_args()
+    unknown = [name for name in options.tables if name not in TABLES]
+    if unknown:
+        parser.error(f"no table {unknown[0]!r}; the tables are {', '.join(TABLES)}")
+    _keep_freed_memory()  # as the server does
+    torch.set_num_threads(options.threads)
+    perceiver = Perceiver.load(options.weights)
+    perceiver.warm_up()
+    bench = Bench(perceiver, options.requests)
+    print(f"{perceiver.info.model} {perceiver.info.precision}, {datetime.now(UTC):%d %B %Y %H:%M} UTC, "
+          f"{platform.platform()}, plan {perceiver.plan}")  # fmt: skip
+    measure_machine(bench)
+    for name in options.tables or TABLES:
+        asyncio.run(TABLES[name](bench))
+    measure_machine(bench)
+    if options.out:
+        options.out.write_text(json.dumps(bench.tables, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
