@@ -82,7 +82,7 @@ class Setting:
     """How each variant is trained; `limit` images of each set, evenly spread."""
 
     steps: int = 300
-    batch: int = 48
+    batch: int = 24
     rate: float = 1e-3
     limit: int = 1500
     config: str = "nano"
