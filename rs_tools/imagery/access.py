@@ -159,7 +159,7 @@ class AccessPolicy:
             return list(self.roots)
         _refuse_special(folder)
         for candidate in self._candidates(folder):
-            if self._allows(candidate) and candidate.is_dir():
+            if self._allows(candidate) and _is_folder(candidate):
                 return [candidate]
         raise AccessError(f"{_shown(folder)} is not a folder inside the allowed folders. {self._hint()}")
 
@@ -259,6 +259,13 @@ def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
     except OSError:  # a name longer than the system allows is not the name of a file
+        return False
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # as with files
         return False
 
 
