@@ -18,7 +18,7 @@ from mcp.server.auth.provider import TokenVerifier
 from mcp.server.auth.settings import AuthSettings
 
 from rs_tools.client import ModelClient
-from rs_tools.errors import AccessError
+from rs_tools.errors import AccessError, InputError
 from rs_tools.imagery.access import AccessPolicy
 from rs_tools.mcp_completions import add_completions
 from rs_tools.mcp_prompts import add_prompts, told_why
@@ -27,6 +27,7 @@ from rs_tools.mcp_tools import declared_tools
 from rs_tools.model_facts import ModelFacts
 from rs_tools.serving.options import add_http_options, http_settings, uploads
 from rs_tools.tools import DEADLINE_S, Tools
+from rs_tools.upstream.choosing import MODEL_HELP, PROFILE_HELP, Upstream, chosen
 
 INSTRUCTIONS = """\
 Perception of satellite and aerial images. Start with list_images (what can be read) or inspect_image (size, bands, \
@@ -51,6 +52,7 @@ def build_server(
     artifacts: str | None = None,
     auth: AuthSettings | None = None,
     token_verifier: TokenVerifier | None = None,
+    upstream: Upstream | None = None,
 ) -> MCPServer[Tools]:
     """The server, the same for every transport; nothing is opened or started before its lifespan begins.
 
@@ -63,17 +65,18 @@ def build_server(
         artifacts: folder of its own for the files of answers; None: in this user's cache.
         auth: over HTTP, whose tokens are taken; goes with `token_verifier`.
         token_verifier: over HTTP, tells a caller from a token.
+        upstream: another model's endpoint, which answers in place of a model server.
     """
 
     @asynccontextmanager
     async def lifespan(_: MCPServer[Tools]) -> AsyncIterator[Tools]:
-        client = ModelClient(url, token, weights)
+        client = upstream.open() if upstream else ModelClient(url, token, weights)
         try:
             yield Tools(policy, client, deadline_s, artifacts)
         finally:
             await client.aclose()
 
-    facts = ModelFacts(url, token, weights)
+    facts = ModelFacts(upstream.base if upstream else url, token, weights)
     server = MCPServer[Tools](
         "rs-perception",
         title="Remote-sensing perception",
@@ -98,11 +101,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request
     arguments = (options.model_url, options.token, options.weights, options.deadline, options.artifacts)
     if options.settings is None:
-        build_server(options.policy, *arguments).run("stdio")
+        build_server(options.policy, *arguments, upstream=options.upstream).run("stdio")
     else:
         from rs_tools.serving.http import http_app, serve  # not needed on stdio
 
-        server = build_server(options.policy, *arguments, **options.settings.auth)
+        server = build_server(options.policy, *arguments, **options.settings.auth, upstream=options.upstream)
         serve(http_app(server, options.settings, options.policy), options.settings)
 
 
@@ -124,6 +127,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--model-url", metavar="URL", help="use the model server at URL; without it, find or start this user's own"
     )
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="file with the bearer token for --model-url")
+    parser.add_argument("--model", metavar="NAME", help=MODEL_HELP)
+    parser.add_argument("--profile", metavar="PROFILE", help=PROFILE_HELP)
     parser.add_argument(
         "--weights", metavar="DIR", help="checkpoint for this user's own model server (default: the embedded model)"
     )
@@ -153,6 +158,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--token-file is for --model-url, which is not given")
     if options.model_url is not None and options.weights is not None:
         parser.error("--weights is for a local model server; the one at --model-url has its own")
+    try:
+        options.upstream = chosen(options.model_url, options.model, options.profile, options.token_file)
+    except InputError as error:
+        parser.error(str(error))
     if options.artifacts is not None:
         try:
             Path(options.artifacts).expanduser().mkdir(mode=0o700, parents=True, exist_ok=True)

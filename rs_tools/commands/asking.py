@@ -155,11 +155,12 @@ def ask_all(subjects: Sequence[Subject], ask: _AskSubject, view: View, ending: s
     with refusing():
         policy = AccessPolicy(_roots(image for subject in subjects for image in subject.images))
 
+    upstream = view.upstream
     printed, token = _Printed(view.as_json, many), view.token
     kept = Kept(view.out if isinstance(view, FilesView) else None, ending)
 
     async def run() -> int:
-        async with ModelClient(view.model_url, token) as client:
+        async with upstream.open() if upstream else ModelClient(view.model_url, token) as client:
             return await _over(subjects, Tools(policy, client), ask, printed, kept)
 
     if status := asyncio.run(run()):

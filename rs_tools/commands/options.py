@@ -12,6 +12,9 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from rs_tools.errors import InputError
+from rs_tools.upstream.choosing import MODEL_HELP, PROFILE_HELP, Upstream, chosen
+
 Images = Annotated[
     list[Path],
     typer.Argument(
@@ -44,6 +47,8 @@ ModelUrl = Annotated[
     str | None, typer.Option(metavar="URL", help="Ask the model server there; without it this user's own one.")
 ]
 TokenFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Bearer token of the server at --model-url.")]
+Model = Annotated[str | None, typer.Option(metavar="NAME", help=MODEL_HELP)]
+Profile = Annotated[str | None, typer.Option(metavar="PROFILE", help=PROFILE_HELP)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +59,8 @@ class View:
     band: Bands = None
     model_url: ModelUrl = None
     token_file: TokenFile = None
+    model: Model = None
+    profile: Profile = None
     as_json: AsJson = False
 
     @property
@@ -67,6 +74,14 @@ class View:
     @property
     def token(self) -> str | None:
         return read_token(self.model_url, self.token_file)
+
+    @property
+    def upstream(self) -> Upstream | None:
+        """Another model's endpoint, where one is chosen."""
+        try:
+            return chosen(self.model_url, self.model, self.profile, self.token_file)
+        except InputError as error:
+            raise typer.BadParameter(str(error)) from error
 
 
 @dataclass(frozen=True, kw_only=True)

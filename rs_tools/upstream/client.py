@@ -30,10 +30,10 @@ from model_server.protocol import (
 )
 from model_server.text.malformed import MalformedText
 from rs_tools.errors import InputError, NotServed, ServerBusy, ServerError, ServerUnavailable
+from rs_tools.upstream.choosing import KEY_VARIABLE
 from rs_tools.upstream.profiles import Profile
 from rs_tools.upstream.reading import Heard, Spoken, read
 
-KEY_VARIABLE = "RS_MODEL_API_KEY"
 TIMEOUT = httpx.Timeout(connect=10, write=60, read=300, pool=None)
 AT_ONCE = 8  # requests in work; an endpoint's own limits answer 429
 BUSY_S = 5.0  # to wait where a busy endpoint does not say how long

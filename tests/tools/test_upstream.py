@@ -22,7 +22,8 @@ from starlette.routing import Route
 from model_server.app import bind
 from model_server.protocol import PerceiveRequest, PerceiveResponse
 from rs_tools.errors import InputError, NotServed, ServerBusy, ServerError, ServerUnavailable
-from rs_tools.upstream.client import KEY_VARIABLE, UpstreamClient
+from rs_tools.upstream.choosing import KEY_VARIABLE, PROFILE_NAMES, chosen
+from rs_tools.upstream.client import UpstreamClient
 from rs_tools.upstream.profiles import PROFILES
 from rs_tools.upstream.reading import UNCALIBRATED, UNKNOWN
 
@@ -307,3 +308,31 @@ async def test_what_our_own_server_knows_of_its_answer_is_taken_over(endpoint: E
     )
     (objects,) = (await ask(endpoint, SHIPS)).objects
     assert (objects.scores, objects.known) == ([0.7], False)
+
+
+def test_the_names_of_profiles_are_those_that_there_are() -> None:
+    assert set(PROFILE_NAMES) == set(PROFILES)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((None, "eye", None), "--model-url"),
+        (("http://x", None, "generic"), "--model,"),
+        (("http://x", "eye", "gpt"), "qwen-vl"),
+        (("http://x", "eye", None, "file"), KEY_VARIABLE),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options: tuple[Any, ...], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        chosen(*options)
+
+
+async def test_the_key_comes_from_the_environment(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "from-environment")
+    upstream = chosen(endpoint.url, "eye", None)
+    assert upstream is not None
+    assert "from-environment" not in repr(upstream)
+    async with upstream.open() as client:
+        await client.perceive(CAPTION, [TILE])
+    assert endpoint.keys == ["Bearer from-environment"]
