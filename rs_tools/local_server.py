@@ -97,9 +97,10 @@ def state_file(weights: str | None) -> Path:
 
 
 def _key(weights: str | None) -> str:
-    embedded = Path(protocol.__file__).parent / "weights"
-    root = Path(weights).expanduser().resolve() if weights else embedded
-    seen = [platform.node(), sys.executable, version("rs-perception"), str(root)]
+    root = Path(weights).expanduser().resolve() if weights else Path(protocol.__file__).parent / "weights"
+    # What is not on the disk is an id on the hub, the same in whichever folder it is named.
+    named = str(root) if root.exists() else str(weights)
+    seen = [platform.node(), sys.executable, version("rs-perception"), named]
     for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
         with contextlib.suppress(FileNotFoundError):  # the server itself says that they are missing
             status = path.stat()

@@ -53,7 +53,7 @@ def doctor(
     root: Annotated[
         list[Path] | None, typer.Option(metavar="DIR", help="A folder that images are to be read from; repeatable.")
     ] = None,
-    weights: Annotated[Path | None, typer.Option(metavar="DIR", help="Checkpoint of the local model server.")] = None,
+    weights: Annotated[str | None, typer.Option(metavar="DIR", help="Checkpoint of the local model server.")] = None,
     model_url: ModelUrl = None,
     token_file: TokenFile = None,
     artifacts: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the files of answers.")] = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -19,6 +20,7 @@ NEEDED_DRIVERS = {"GTiff", "PNG", "JPEG", "COG"}
 # Set by other GIS software for itself, they lead our libraries to data of another version.
 MISLEADING = ("PROJ_LIB", "PROJ_DATA", "GDAL_DATA", "GDAL_DRIVER_PATH", "GDAL_SKIP")
 LFS_POINTER = b"version https://git-lfs"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _LOOKED_AT = 20_000  # files, until a folder counts as one without images
 _RASTER_PROBE = """
 import json, pyproj, rasterio
@@ -63,30 +65,62 @@ def weights(setup: Setup) -> Iterator[Finding]:
     """Whether the local server's checkpoint is there and whole."""
     if setup.model_url is not None:
         return
-    folder = (setup.weights or embedded_weights()).expanduser()
-    embedded = setup.weights is None
-    again = "get them again: git lfs pull, or a fresh copy of the project" if embedded else "copy it again"
+    folder = weights_folder(setup)
+    if not folder.exists():
+        if setup.weights and _HUB_ID.fullmatch(setup.weights):
+            yield Finding("weights", "ok", f"{setup.weights} is no folder here: an id on the Hugging Face hub")
+        else:
+            yield Finding("weights", "problem", f"{folder} does not exist", "give --weights a folder that exists")
+        return
+    try:
+        yield _published(folder) if is_published(folder) else _own(folder, setup.weights is None)
+    except OSError as error:
+        yield Finding("weights", "problem", f"{folder} cannot be read: {error.strerror}", "make it readable for you")
+
+
+def weights_folder(setup: Setup) -> Path:
+    """Where the weights are, if they are on this disk."""
+    return Path(setup.weights).expanduser() if setup.weights else embedded_weights()
+
+
+def is_published(folder: Path) -> bool:
+    """Whether a folder is laid out as published checkpoints are and not as ours."""
+    if any((folder / part).exists() for part in ("checkpoint", "adapter", "adapter_config.json")):
+        return True
+    config = folder / "config.json"
+    return config.is_file() and b'"model_type"' in config.read_bytes()
+
+
+def _published(folder: Path) -> Finding:
+    tensors = sorted(folder.rglob("*.safetensors"))
+    missing = [
+        str(index.with_name(name))
+        for index in folder.rglob("*.safetensors.index.json")
+        for name in set(re.findall(r'"([^"/]+\.safetensors)"', index.read_text()))
+        if not index.with_name(name).is_file()
+    ]
+    broken = [f"{name} is missing" for name in sorted(missing)] + [said for file in tensors if (said := _fault(file))]
+    if broken:
+        return Finding("weights", "problem", "; ".join(broken), "fetch the published checkpoint again")
+    size = sum(file.stat().st_size for file in tensors)
+    return Finding("weights", "ok", f"{folder}: a published checkpoint, {size / 1e9:.1f} GB in {len(tensors)} files")
+
+
+def _own(folder: Path, embedded: bool) -> Finding:
     from model_server.checkpoints.layout import DENSE_TENSORS, REQUIRED, TENSORS, weights_digest
 
+    again = "get them again: git lfs pull, or a fresh copy of the project" if embedded else "copy it again"
     missing = [name for name in REQUIRED if not (folder / name).is_file()]
     if missing:
         mend = again if embedded else "give --weights a folder that holds a checkpoint"
-        yield Finding("weights", "problem", f"{folder} has no {', '.join(missing)}", mend)
-        return
-    try:
-        tensors = [folder / name for name in (TENSORS, DENSE_TENSORS) if (folder / name).is_file()]
-        if broken := [said for file in tensors if (said := _fault(file))]:
-            yield Finding("weights", "problem", "; ".join(broken), again)
-            return
-        size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-        found = f"{folder}: {size / 1e6:.0f} MB, digest {weights_digest(folder)}"
-    except OSError as error:
-        yield Finding("weights", "problem", f"{folder} cannot be read: {error.strerror}", "make it readable for you")
-        return
-    if len(tensors) == 1:
-        yield Finding("weights", "ok", f"{found}; it answers in words only: no boxes, masks and change")
-    else:
-        yield Finding("weights", "ok", found)
+        return Finding("weights", "problem", f"{folder} has no {', '.join(missing)}", mend)
+    tensors = [folder / name for name in (TENSORS, DENSE_TENSORS) if (folder / name).is_file()]
+    if broken := [said for file in tensors if (said := _fault(file))]:
+        return Finding("weights", "problem", "; ".join(broken), again)
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    found = f"{folder}: {size / 1e6:.0f} MB, digest {weights_digest(folder)}"
+    words_only = "; it answers in words only: no boxes, masks and change" * (len(tensors) == 1)
+    return Finding("weights", "ok", found + words_only)
 
 
 def embedded_weights() -> Path:

@@ -20,7 +20,7 @@ class Setup:
 
     Attributes:
         roots: folders that images are to be read from.
-        weights: checkpoint folder of the local model server; None is the embedded model.
+        weights: checkpoint of the local model server, a folder or an id on the hub; None is the embedded model.
         model_url, token: of a model server that runs elsewhere; None is the user's local one.
         artifacts: folder of the files of answers; None is the default one.
         home, folder: where clients' configurations are looked for.
@@ -28,7 +28,7 @@ class Setup:
     """
 
     roots: tuple[Path, ...] = ()
-    weights: Path | None = None
+    weights: str | None = None
     model_url: str | None = None
     token: str | None = None
     artifacts: Path | None = None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rs_tools.doctor.files import embedded_weights
+from rs_tools.doctor.files import is_published, weights_folder
 from rs_tools.doctor.findings import Finding, Setup
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def local_server(setup: Setup) -> Iterator[Finding]:
         from rs_tools import local_server as servers
     except ImportError:
         return  # `packages` says which is missing
-    state = servers.state_file(str(setup.weights) if setup.weights else None)
+    state = servers.state_file(setup.weights)
     server = servers.read_state(state)
     if server is None or not servers.is_process(server.pid):
         yield _ended(state.with_suffix(".log"))
@@ -78,7 +78,9 @@ def _same_weights(answer: httpx.Response, where: str, says: str, kill: str, setu
     from model_server.checkpoints.layout import weights_digest
 
     [model] = answer.json()["data"]
-    folder = (setup.weights or embedded_weights()).expanduser()
+    folder = weights_folder(setup)
+    if not folder.is_dir() or is_published(folder):
+        return Finding(CHECK, "ok", f"{where}: serves {model['id']} on {model['device']}; its log: {says}")
     try:
         on_disk = weights_digest(folder)
     except OSError:
@@ -114,9 +116,7 @@ def remote_server(setup: Setup) -> Iterator[Finding]:
         yield Finding(CHECK, "problem", f"{url} answers {answer.status_code}, not as an rs-model-server does", start)
     else:
         [model] = answer.json()["data"]
-        yield Finding(
-            CHECK, "ok", f"{url} serves {model['id']} ({model['weights_digest']}) on {model['device']}"
-        )
+        yield Finding(CHECK, "ok", f"{url} serves {model['id']} ({model['weights_digest']}) on {model['device']}")
 
 
 def _models(url: str, token: str | None, trust_env: bool) -> httpx.Response:

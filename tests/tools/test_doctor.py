@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -175,7 +175,7 @@ def test_projection_data_of_another_program_are_blamed(
 def test_whole_weights_are_named_by_the_digest_that_answers_carry(setup: Setup, debug_weights: Path) -> None:
     from model_server.checkpoints.store import load_checkpoint
 
-    finding = only(files.weights, Setup(weights=debug_weights))
+    finding = only(files.weights, Setup(weights=str(debug_weights)))
     assert finding.status == "ok"
     assert f"digest {load_checkpoint(debug_weights).digest}" in finding.found
     assert "words only" in finding.found
@@ -198,13 +198,33 @@ def test_the_embedded_weights_are_those_that_the_server_loads() -> None:
     ],
     ids=["pointer", "truncated", "another file", "empty", "missing"],
 )
-def test_spoilt_weights_are_found_without_loading_them(debug_weights: Path, tmp_path: Path, spoil, said: str) -> None:  # type: ignore[no-untyped-def]
+def test_spoilt_weights_are_found_without_loading_them(
+    debug_weights: Path, tmp_path: Path, spoil: Callable[[Path], object], said: str
+) -> None:
     folder = tmp_path / "weights"
     shutil.copytree(debug_weights, folder)
     spoil(folder / "model.safetensors")
-    finding = only(files.weights, Setup(weights=folder))
+    finding = only(files.weights, Setup(weights=str(folder)))
     assert finding.status == "problem"
     assert said in finding.found
+
+
+def test_a_published_checkpoint_is_looked_at_shard_by_shard(debug_weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llava_qwen"}')
+    shutil.copy(debug_weights / "model.safetensors", tmp_path / "model-00001.safetensors")
+    assert only(files.weights, Setup(weights=str(tmp_path))).status == "ok"
+    shards = {"weight_map": {"a": "model-00001.safetensors", "b": "model-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(shards))
+    os.truncate(tmp_path / "model-00001.safetensors", 1000)
+    finding = only(files.weights, Setup(weights=str(tmp_path)))
+    assert finding.status == "problem"
+    assert "model-00002.safetensors is missing" in finding.found
+    assert "model-00001.safetensors is damaged" in finding.found or "no safetensors file" in finding.found
+
+
+def test_weights_that_are_not_here_may_be_an_id_on_the_hub(tmp_path: Path) -> None:
+    assert "hub" in only(files.weights, Setup(weights="someone/some-model@v1")).found
+    assert only(files.weights, Setup(weights=str(tmp_path / "absent"))).status == "problem"
 
 
 def test_roots_that_cannot_be_read_or_hold_nothing_are_named(tmp_path: Path) -> None:
@@ -251,16 +271,17 @@ def test_a_running_server_is_shown_with_its_weights_and_log_and_one_that_was_kil
     shutil.copytree(debug_weights, weights)
     running = local_server.find_or_start(str(weights))
     try:
-        ready = only(server.local_server, Setup(weights=weights))
+        ready = only(server.local_server, Setup(weights=str(weights)))
         while "still loading" in ready.found:
-            ready = only(server.local_server, Setup(weights=weights))
+            time.sleep(0.2)
+            ready = only(server.local_server, Setup(weights=str(weights)))
         assert ready.status == "ok"
         for word in (f"process {running.pid}", "as on the disk", str(running.log), "INFO model_server"):
             assert word in ready.found
     finally:
         os.kill(running.pid, signal.SIGTERM)
     local_server._children[-1].wait(60)
-    ended = only(server.local_server, Setup(weights=weights))
+    ended = only(server.local_server, Setup(weights=str(weights)))
     assert ended.status == "ok"
     assert "none runs" in ended.found
     assert "stopped" in ended.found
@@ -271,7 +292,7 @@ def test_a_server_that_failed_is_shown_with_the_reason_in_its_log(debug_weights:
     ended.wait()
     line = "2026-01-01 ERROR model_server.app the model could not be loaded: OutOfMemory"
     log = remember(state, debug_weights, "http://127.0.0.1:9", ended.pid, line).with_suffix(".log")
-    finding = only(server.local_server, Setup(weights=debug_weights))
+    finding = only(server.local_server, Setup(weights=str(debug_weights)))
     assert finding.status == "problem"
     assert "OutOfMemory" in finding.found
     assert str(log) in finding.found
@@ -303,7 +324,7 @@ def test_another_program_on_the_servers_port_is_not_taken_for_it(
     debug_weights: Path, state: Path, stranger: str
 ) -> None:
     file = remember(state, debug_weights, stranger, os.getpid())
-    finding = only(server.local_server, Setup(weights=debug_weights))
+    finding = only(server.local_server, Setup(weights=str(debug_weights)))
     assert (finding.status, f"rm {file}" in finding.mend) == ("warning", True)
     elsewhere = only(server.remote_server, Setup(model_url=stranger))
     assert elsewhere.status == "problem"
@@ -318,7 +339,7 @@ def test_a_server_that_takes_calls_and_does_not_answer_is_a_problem(
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         remember(state, debug_weights, f"http://127.0.0.1:{silent.getsockname()[1]}", os.getpid())
-        finding = only(server.local_server, Setup(weights=debug_weights))
+        finding = only(server.local_server, Setup(weights=str(debug_weights)))
     assert finding.status == "problem"
     assert f"kill {os.getpid()}" in finding.mend
 
