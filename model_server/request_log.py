@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 HEADER = "X-Request-ID"
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")  # another is not taken over: it would break the line or fill the log
+PROBES = ("/health", "/ready", "/metrics")  # asked again and again: they would drown the rest
 _OTHER = "(other)"  # an address we do not serve may hold anything, also secrets
 
 
@@ -78,8 +79,9 @@ class RequestLog:
         path = scope["path"] if scope["path"] in self._paths else _OTHER
         self._counts[path, record.status] += 1
         notes = "".join(f" {key}={value}" for key, value in record.notes.items())
+        level = logging.WARNING if record.status >= 400 else logging.INFO
         logger.log(
-            logging.WARNING if record.status >= 400 else logging.INFO,
+            logging.DEBUG if path in PROBES else level,
             "call id=%s method=%s path=%s status=%d elapsed_s=%.3f bytes_in=%d bytes_out=%d%s",
             record.id, scope["method"], path, record.status, time.monotonic() - record.started,
             record.bytes_in, record.bytes_out, notes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from chats import data_url, user
 from processes import REQUESTS, ServerProcess, picture, server_process
 
 from model_server.protocol import PerceiveRequest, PerceiveResponse, decode_response, encode_request
@@ -127,6 +129,31 @@ def test_sigterm_lets_the_running_request_finish_and_exits_cleanly(debug_weights
         assert len(decode_response(response.content).captions) == 64
         assert server.process.wait(300) == 0
         assert "Traceback" not in server.log.read_text()
+
+
+def test_sigterm_answers_a_chat_in_flight_and_no_question_is_logged(debug_weights: Path, tmp_path: Path) -> None:
+    question = "Is there a hidden bunker?"
+    with server_process(tmp_path / "log", "--weights", str(debug_weights)) as server:
+        server.wait_until_ready()
+        messages = [user(question, data_url(picture(1, side=512)))]
+        body = json.dumps({"model": "debug", "messages": messages, "stream": True}).encode()
+
+        def half_then_stop() -> Iterator[bytes]:
+            yield body[: len(body) // 2]
+            assert httpx.get(f"{server.url}/health", timeout=60).status_code == 200
+            server.process.send_signal(signal.SIGTERM)
+            yield body[len(body) // 2 :]
+
+        headers = {"Content-Type": "application/json", "X-Request-ID": "mine"}
+        url = f"{server.url}/v1/chat/completions"
+        response = httpx.post(url, content=half_then_stop(), headers=headers, timeout=300)
+        assert response.text.endswith("data: [DONE]\n\n")
+        assert server.process.wait(300) == 0
+    told = server.log.read_text()
+    assert "call id=mine method=POST path=/v1/chat/completions status=200" in told
+    assert "task=vqa" in told
+    assert "bunker" not in told
+    assert "path=/ready" not in told
 
 
 def test_a_server_that_nobody_calls_ends(debug_weights: Path, tmp_path: Path) -> None:
