@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 from processes import picture, server_process
 
 from model_server.protocol import PerceiveRequest, PerceiveResponse, decode_response, encode_request
+from rs_tools.client import ModelClient
+from rs_tools.errors import NotServed, PerceptionError, ServerError
+from rs_tools.imagery.access import AccessPolicy
+from rs_tools.results import Result
+from rs_tools.tools import Tools
 
 PAIR = (picture(1, 40), picture(2, 40))
 ASKED: dict[str, tuple[PerceiveRequest, tuple[np.ndarray, ...]]] = {
@@ -75,6 +82,36 @@ def test_every_task_of_a_published_checkpoint_gets_a_typed_answer_or_a_typed_err
             answers = [*found.captions, *found.vqa, *found.classes, *found.objects, *found.masks, *found.changes]
             assert len(answers) == 1, task
             assert any("not calibrated" in warning for warning in found.warnings)
+        for tool, outcome in asyncio.run(tools_on(server.url, tmp_path)).items():
+            if tool in ("segment", "detect_change") and tool not in served:
+                assert isinstance(outcome, NotServed), tool
+            else:
+                assert isinstance(outcome, Result | ServerError), (tool, outcome)
+
+
+async def tools_on(url: str, folder: Path) -> dict[str, Result | PerceptionError]:
+    """The result or the typed error of each tool that asks the model, on small pictures in a folder."""
+    for n, tile in enumerate(PAIR):
+        Image.fromarray(tile).save(folder / f"{n}.png")
+    client = ModelClient(url)
+    tools = Tools(AccessPolicy([folder]), client, artifacts=folder / "artifacts")
+    first, second = str(folder / "0.png"), str(folder / "1.png")
+    calls = {
+        "caption": tools.caption(first),
+        "vqa": tools.vqa(first, "Is there a ship?"),
+        "classify": tools.classify(first, labels=["forest", "harbor"]),
+        "ground": tools.ground(first, "ship"),
+        "segment": tools.segment(first, ["water"]),
+        "detect_change": tools.detect_change(first, second),
+    }
+    found: dict[str, Result | PerceptionError] = {}
+    for tool, call in calls.items():
+        try:
+            found[tool] = await call
+        except PerceptionError as error:
+            found[tool] = error
+    await client.aclose()
+    return found
 
 
 def test_a_checkpoint_without_a_tokenizer_ends_the_server_and_says_which_file_is_missing(tmp_path: Path) -> None:
