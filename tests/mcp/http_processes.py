@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import httpx2
 from mcp import Client
-from mcp.client.streamable_http import create_mcp_http_client, streamable_http_client
+from mcp.client.streamable_http import streamable_http_client
 from mcp_processes import STARTED_S, accepts, free_port, wait_until
 
 CALL = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
@@ -39,8 +40,9 @@ class Service:
     @asynccontextmanager
     async def client(self, token: str, mode: str = "auto") -> AsyncIterator[Client]:
         """An MCP client with a bearer token. `mode` as of `mcp.Client`."""
+        headers = {"Authorization": f"Bearer {token}"}
         async with (
-            create_mcp_http_client({"Authorization": f"Bearer {token}"}) as http,
+            httpx2.AsyncClient(headers=headers, timeout=STARTED_S, trust_env=False) as http,
             Client(streamable_http_client(f"{self.url}/mcp", http_client=http), mode=mode) as client,
         ):
             yield client

@@ -17,6 +17,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from http_processes import Service, running_service
+from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 
 SCENE = "itaipu_landsat8.tif"
 RESOURCE = "https://rs.example.org/mcp"
@@ -67,7 +68,7 @@ class Publisher(http.server.BaseHTTPRequestHandler):
 
 
 def _published(kid: str, key: Any) -> dict[str, Any]:
-    kind = jwt.algorithms.RSAAlgorithm if isinstance(key, rsa.RSAPrivateKey) else jwt.algorithms.ECAlgorithm
+    kind = RSAAlgorithm if isinstance(key, rsa.RSAPrivateKey) else ECAlgorithm
     return {**kind.to_jwk(key.public_key(), as_dict=True), "kid": kid, "use": "sig"}
 
 

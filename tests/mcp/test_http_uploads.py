@@ -262,7 +262,8 @@ def test_an_upload_is_gone_when_its_time_is_over(files: UploadedFiles) -> None:
     handle = keep(files, b"image")
     path = files.resolve(handle).path
     assert path.read_bytes() == b"image"
-    os.utime(path, (time.time() - 101,) * 2)
+    earlier = time.time() - 101
+    os.utime(path, (earlier, earlier))
     with pytest.raises(AccessError, match=r"no such upload.*last 1\.66667 minutes"):
         files.resolve(handle)
     keep(files, b"another")
