@@ -212,6 +212,14 @@ async def test_a_pair_that_cannot_be_compared_is_refused_with_both_sides(
         refused(await client.call_tool("detect_change", {"before": "scene.tif", "after": after}), *said)
 
 
+@pytest.mark.parametrize("folder", ["absent", "/etc", "a" * 5000])
+async def test_a_folder_that_cannot_be_listed_is_refused_with_those_that_can(
+    small: Path, serve: Serve, folder: str
+) -> None:
+    async with serve(small, PlantedModel()) as client:
+        refused(await client.call_tool("list_images", {"folder": folder}), folder[:5], str(small))
+
+
 @asynccontextmanager
 async def listening(reply: bytes) -> AsyncIterator[tuple[str, list[int]]]:
     """A socket that answers every request with `reply` and hangs up; its address, and one entry for each request."""

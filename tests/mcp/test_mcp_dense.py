@@ -94,31 +94,6 @@ async def test_a_file_that_is_gone_or_never_was_is_an_error_that_says_so(planted
                 await client.read_resource(f"rs-artifact://{name}")
 
 
-@pytest.mark.parametrize(
-    ("tool", "arguments", "said"),
-    [
-        ("ground", {"image": SCENE, "query": " "}, ["query is empty"]),
-        ("ground", {"image": SCENE, "query": "ship", "max_objects": 0}, ["max_objects", "1000"]),
-        ("ground", {"image": SCENE, "query": "ship", "region": [600, 0, 700, 100]}, ["560"]),
-        ("ground", {"image": "no_such.tif", "query": "ship"}, ["no_such.tif", "list_images"]),
-        ("segment", {"image": SCENE, "classes": []}, ["1 to 16 classes"]),
-        ("segment", {"image": SCENE, "classes": [f"class {n}" for n in range(17)]}, ["1 to 16 classes"]),
-        ("segment", {"image": SCENE}, ["classes"]),
-        ("detect_change", {"before": SCENE, "after": "yellowstone_road.jpg"}, ["yellowstone_road.jpg has none"]),
-        ("detect_change", {"before": SCENE, "after": "raleigh_landsat7.tif"}, ["do not overlap", "-54.", "-78."]),
-        ("detect_change", {"before": SCENE, "image": SCENE}, ["image: there is no such argument"]),
-    ],
-)
-async def test_what_cannot_be_answered_says_why_and_what_is_allowed(
-    planted: Client, root: Path, tool: str, arguments: dict[str, Any], said: list[str]
-) -> None:
-    async with planted as client:
-        refused = await client.call_tool(tool, arguments)
-    assert refused.is_error
-    for words in said:
-        assert words in text_of(refused)
-
-
 async def test_a_checkpoint_without_boxes_and_masks_says_what_it_can_do_instead(
     debug_weights: Path, root: Path, tmp_path: Path, local_state: Path
 ) -> None:

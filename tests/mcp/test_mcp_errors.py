@@ -21,17 +21,10 @@ SCENE = "itaipu_landsat8.tif"
     ("tool", "arguments", "said"),
     [
         ("inspect_image", {"image": "no_such_scene.tif"}, ["no_such_scene.tif", "list_images"]),
-        ("caption", {"image": "/etc/passwd"}, ["outside", "list_images"]),
-        ("caption", {"image": "../secret.tif"}, ["outside", "list_images"]),
         ("caption", {"image": "notes.tif"}, ["notes.tif", "text file", "GeoTIFF"]),
         ("caption", {"image": "truncated.tif"}, ["truncated.tif", "GTiff"]),
-        ("caption", {"image": SCENE, "region": [0, 0, 100]}, ["560"]),
-        ("caption", {"image": SCENE, "region": [600, 0, 700, 100]}, ["560"]),
         ("caption", {"image": SCENE, "region": [200, 200, 100, 100]}, ["560"]),
         ("vqa", {"image": SCENE, "question": "  "}, ["question"]),
-        ("vqa", {"image": SCENE, "question": "why? " * 500}, ["500"]),
-        ("classify", {"image": SCENE, "labels": [f"class {n}" for n in range(1000)]}, ["200"]),
-        ("classify", {"image": SCENE, "top_k": 0}, ["top_k"]),
         ("list_images", {"folder": "nowhere"}, ["nowhere"]),
     ],
 )
@@ -54,13 +47,14 @@ async def test_a_call_that_cannot_be_answered_says_why_and_the_server_goes_on(
         ({"image": SCENE, "bbox": [0, 0, 10, 10]}, "bbox: there is no such argument"),
         ({"image": SCENE, "detail": "long"}, "'short' or 'full'"),
         ({"image": SCENE, "region": ["left", "right"]}, "region.0"),
+        ({"image": "\ud800.tif"}, "half a character"),
         ({}, "image: Field required"),
     ],
 )
 async def test_arguments_that_do_not_fit_are_refused_by_name_with_what_the_tool_takes(
-    connect: Connect, arguments: dict[str, Any], said: str
+    planted: Client, arguments: dict[str, Any], said: str
 ) -> None:
-    async with connect() as client:
+    async with planted as client:
         refused = await client.call_tool("caption", arguments)
     assert refused.is_error
     assert said in text_of(refused)
