@@ -168,7 +168,7 @@ class RequestLog:
         try:
             await self._app(scope, receive, sent)
         finally:
-            asked = f"{_who(scope)} {scope['method']} {scope['path']!r}"
+            asked = f"{_who(scope)} {scope['method']} {scope['path'][:200]!r}"
             logger.info("%s: %s after %.2f s", asked, status or "no answer", time.monotonic() - started)
 
 
