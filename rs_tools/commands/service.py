@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from rs_tools.commands.asking import EXIT_REFUSED, say_error
-from rs_tools.commands.options import ModelUrl, TokenFile, read_token
+from rs_tools.commands.options import Model, ModelUrl, TokenFile, read_token
 
 app = typer.Typer()
 
@@ -56,6 +56,7 @@ def doctor(
     weights: Annotated[str | None, typer.Option(metavar="DIR", help="Checkpoint of the local model server.")] = None,
     model_url: ModelUrl = None,
     token_file: TokenFile = None,
+    model: Model = None,
     artifacts: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of the files of answers.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
@@ -67,7 +68,7 @@ def doctor(
     from rs_tools.doctor import Setup, examine
 
     token = read_token(model_url, token_file)
-    report = examine(Setup(tuple(root or ()), weights, model_url, token, artifacts))
+    report = examine(Setup(tuple(root or ()), weights, model_url, token, model, artifacts))
     print(report.to_json() if as_json else report.to_text())
     raise typer.Exit(report.status == "problem")
 

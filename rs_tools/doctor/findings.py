@@ -22,6 +22,7 @@ class Setup:
         roots: folders that images are to be read from.
         weights: checkpoint of the local model server, a folder or an id on the hub; None is the embedded model.
         model_url, token: of a model server that runs elsewhere; None is the user's local one.
+        model: name of another model, where `model_url` is an OpenAI-compatible endpoint.
         artifacts: folder of the files of answers; None is the default one.
         home, folder: where clients' configurations are looked for.
         ports: that the servers listen on where nothing else is said: number -> the command it is for.
@@ -31,6 +32,7 @@ class Setup:
     weights: str | None = None
     model_url: str | None = None
     token: str | None = None
+    model: str | None = None
     artifacts: Path | None = None
     home: Path = field(default_factory=Path.home)
     folder: Path = field(default_factory=Path.cwd)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rs_tools.doctor.files import is_published, weights_folder
 from rs_tools.doctor.findings import Finding, Setup
+from rs_tools.upstream.choosing import KEY_VARIABLE
 
 if TYPE_CHECKING:
     import httpx
@@ -93,30 +95,50 @@ def _same_weights(answer: httpx.Response, where: str, says: str, kill: str, setu
 
 
 def remote_server(setup: Setup) -> Iterator[Finding]:
-    """Whether the server at the given address answers, with this token."""
+    """Whether the server at the given address answers, with this token, and has the model that is named."""
     if setup.model_url is None:
         return
     try:
         import httpx
     except ImportError:
         return  # `packages` says so
-    url = setup.model_url.rstrip("/")
-    start = f"start it there with `rs-model-server --host ... --token-file ...`, or mend the address {url}"
+    url = setup.model_url.rstrip("/").removesuffix("/v1")
+    token = setup.token if setup.model is None else os.environ.get(KEY_VARIABLE)
     try:
-        answer = _models(url, setup.token, trust_env=True)
+        yield _remote(_models(url, token, trust_env=True), url, setup)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        yield Finding(CHECK, "problem", f"{url} does not answer: {type(error).__name__}: {error}", start)
-        return
+        found = f"{url} does not answer: {type(error).__name__}: {error}"
+        yield Finding(CHECK, "problem", found, f"start it there, or mend the address {url}")
+
+
+def _remote(answer: httpx.Response, url: str, setup: Setup) -> Finding:
     if answer.status_code in (401, 403):
-        mend = "give --token-file the file with the token that the server was started with"
-        yield Finding(CHECK, "problem", f"{url} refuses {'this' if setup.token else 'a call without a'} token", mend)
-    elif answer.status_code == 503:
-        yield Finding(CHECK, "warning", f"{url} is still loading its model, or busy", "wait, and look again")
-    elif answer.status_code != 200 or not _is_ours(answer):
-        yield Finding(CHECK, "problem", f"{url} answers {answer.status_code}, not as an rs-model-server does", start)
-    else:
-        [model] = answer.json()["data"]
-        yield Finding(CHECK, "ok", f"{url} serves {model['id']} ({model['weights_digest']}) on {model['device']}")
+        given = "give --token-file the file with the token that the server was started with"
+        mend = given if setup.model is None else f"set {KEY_VARIABLE} to the endpoint's key"
+        return Finding(CHECK, "problem", f"{url} wants another token, or one at all", mend)
+    if answer.status_code == 503:
+        return Finding(CHECK, "warning", f"{url} is still loading its model, or busy", "wait, and look again")
+    models = _listed(answer)
+    if setup.model is not None:
+        names = [str(one.get("id")) for one in models]
+        if setup.model in names:
+            return Finding(CHECK, "ok", f"{url} has the model {setup.model}")
+        found = f"{url} has no model {setup.model}, but {', '.join(names[:5]) or 'none that it lists'}"
+        return Finding(CHECK, "problem", found, "give --model one of its names")
+    if len(models) != 1 or models[0].get("owned_by") != "rs-perception":
+        found = f"{url} answers {answer.status_code}, not as an rs-model-server does"
+        return Finding(CHECK, "problem", found, "mend the address, or name the endpoint's model with --model")
+    [model] = models
+    return Finding(CHECK, "ok", f"{url} serves {model['id']} ({model['weights_digest']}) on {model['device']}")
+
+
+def _listed(answer: httpx.Response) -> list[dict[str, Any]]:
+    """The models of a list in OpenAI's form; none where it is no such list."""
+    try:
+        models = answer.json()["data"]
+    except (ValueError, KeyError, TypeError):
+        return []
+    return [one for one in models if isinstance(one, dict)] if isinstance(models, list) else []
 
 
 def _models(url: str, token: str | None, trust_env: bool) -> httpx.Response:
@@ -124,13 +146,6 @@ def _models(url: str, token: str | None, trust_env: bool) -> httpx.Response:
 
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     return httpx.get(f"{url}/v1/models", headers=headers, timeout=ANSWER_S, trust_env=trust_env)
-
-
-def _is_ours(answer: httpx.Response) -> bool:
-    try:
-        return answer.json()["data"][0]["owned_by"] == "rs-perception"
-    except (ValueError, KeyError, IndexError, TypeError):
-        return False
 
 
 def _last_lines(log: Path, count: int = 3) -> list[str]:

@@ -81,6 +81,11 @@ def test_it_runs_where_the_packages_of_the_tools_cannot_be_imported(tmp_path: Pa
     assert "httpcore is spoilt" in said["certificates"]
 
 
+def test_the_command_line_loads_nothing_that_may_be_broken_until_it_is_needed() -> None:
+    program = "import sys, rs_tools.cli; assert not {'rasterio', 'httpx', 'numpy', 'pydantic'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_the_worst_finding_is_the_status_of_the_report() -> None:
     fine, odd, bad = Finding("a", "ok", "x"), Finding("b", "warning", "x", "y"), Finding("c", "problem", "x", "y")
     assert [doctor.Report(one).status for one in ([], [fine], [fine, odd], [bad, odd])] == [
@@ -304,7 +309,8 @@ class Stranger(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(b'{"hello": "world"}')
+        models = {"data": [{"id": "some-model", "owned_by": "somebody"}]}
+        self.wfile.write(json.dumps(models if self.path == "/v1/models" else {"hello": "world"}).encode())
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -329,6 +335,14 @@ def test_another_program_on_the_servers_port_is_not_taken_for_it(
     elsewhere = only(server.remote_server, Setup(model_url=stranger))
     assert elsewhere.status == "problem"
     assert "not as an rs-model-server" in elsewhere.found
+
+
+def test_of_another_models_endpoint_the_model_must_be_there(stranger: str) -> None:
+    there = only(server.remote_server, Setup(model_url=f"{stranger}/v1", model="some-model"))
+    assert there.status == "ok"
+    absent = only(server.remote_server, Setup(model_url=f"{stranger}/v1", model="another"))
+    assert absent.status == "problem"
+    assert "some-model" in absent.found
 
 
 def test_a_server_that_takes_calls_and_does_not_answer_is_a_problem(
