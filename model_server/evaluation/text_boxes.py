@@ -144,7 +144,10 @@ def main(
     names = [name.strip() for name in sets.split(",") if name.strip()]
     if not set(names) & set(set_names(data)):
         raise typer.BadParameter(f"{data} holds none of {sets}; it has: {', '.join(set_names(data)) or 'none'}")
-    ways: dict[str, Answering] = {TEXT: TextGrounder(weights, expert), DENSE: Perceiver.load(weights)}
+    dense = Perceiver.load(weights)
+    if "ground" not in dense.tasks:
+        raise typer.BadParameter(f"{weights} has no dense branch to compare with; export one into it first")
+    ways: dict[str, Answering] = {TEXT: TextGrounder(weights, expert), DENSE: dense}
     figures = run(ways, data, names, split, limit, out)
     write(figures, int(torch.load(expert, weights_only=True)["step"]), out)
     for figure in figures:

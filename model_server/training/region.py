@@ -6,7 +6,8 @@ papers write: `[VG]`, a phrase, then all boxes of it in reading order in hundred
 squares of labelled images at many scales, turned, in other light, some of another sensor's look.
 
 It starts from a finished checkpoint (`RUN/weights`, or the embedded one), saves `RUN/region.pt` and goes on from there
-when the command is given again.
+when the command is given again. The averaged expert that did best on views of the validation images is what counts;
+the run ends early where none has been better for a while.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class RegionRun:
     ema: float = 0.998
     seed: int = 0
     every: int = 250
+    patience: int = 5  # validations without a better one, after which the run ends
     limit: int | None = None
     bf16: bool = True
 
@@ -95,10 +97,10 @@ def _trained(model: RSVLM) -> dict[str, nn.Parameter]:
 
 
 def region_model(model: RSVLM, path: Path) -> RSVLM:
-    """A checkpoint's model with the averaged expert of a `region.pt`. Raises WeightsError where they do not fit."""
+    """A checkpoint's model with the best expert of a `region.pt`. Raises WeightsError where they do not fit."""
     grown = with_region_expert(model)
     try:
-        state = torch.load(path, weights_only=True)["average"]
+        state = torch.load(path, weights_only=True)["best"]
     except (OSError, KeyError) as error:
         raise WeightsError(f"{path} is not what stage `region` saves: {error}") from error
     shapes = {name: p.shape for name, p in _trained(grown).items()}
@@ -211,7 +213,8 @@ class RegionTrainer:
         self.optimiser = torch.optim.AdamW(
             self.parameters, lr=run.rate, weight_decay=run.weight_decay, betas=(0.9, 0.98)
         )
-        self.step = 0
+        self.step, self.least, self.waited = 0, float("inf"), 0
+        self.best: dict[str, Tensor] = {}
         self.checkpoint = run.run / "region.pt"
         if self.checkpoint.exists():
             self.resume()
@@ -221,16 +224,22 @@ class RegionTrainer:
         self.model.load_state_dict(state["model"], strict=False)
         self.average.load_state_dict(state["average"], strict=False)
         self.optimiser.load_state_dict(state["optimiser"])
-        self.step = state["step"]
+        self.step, self.least, self.waited = state["step"], state["least"], state["waited"]
+        self.best = state["best"]
         print(f"resumed at step {self.step}")
 
     def save(self) -> None:
-        names = _trained(self.model).keys()
-        state = {"model": expert_state(self.model), "optimiser": self.optimiser.state_dict(), "step": self.step,
-                 "average": {k: v for k, v in self.average.state_dict().items() if k in names}}  # fmt: skip
+        state = {"model": expert_state(self.model), "average": self._mean(), "best": self.best or self._mean(),
+                 "optimiser": self.optimiser.state_dict(), "step": self.step, "least": self.least,
+                 "waited": self.waited}  # fmt: skip
         partial = self.checkpoint.with_suffix(".part")
         torch.save(state, partial)
         partial.replace(self.checkpoint)
+
+    def _mean(self) -> dict[str, Tensor]:
+        """The averaged expert's tensors."""
+        names = _trained(self.model).keys()
+        return {k: v.clone() for k, v in self.average.state_dict().items() if k in names}
 
     @torch.no_grad()
     def features(self, model: RSVLM, images: Tensor) -> Features:
@@ -275,11 +284,19 @@ class RegionTrainer:
             losses.append(float(self.loss(self.average, [self.val.draw(rng) for _ in range(self.run.batch)])))
         return {"nats": round(sum(losses) / batches, 4)}
 
+    def judge(self) -> dict[str, float]:
+        """Validate, and keep the average where it is the best so far."""
+        figures = self.validate()
+        self.waited += 1
+        if figures["nats"] < self.least:
+            self.least, self.best, self.waited = figures["nats"], self._mean(), 0
+        return figures
+
     def fit(self) -> None:
         run = self.run
         start, first, losses = time.monotonic(), self.step, list[float]()
         with (run.run / "region.jsonl").open("a", encoding="utf-8") as log:
-            while self.step < run.steps:
+            while self.step < run.steps and self.waited < run.patience:
                 losses.append(self.train_step())
                 done = self.step == run.steps
                 if self.step % 20 == 0 or done:
@@ -288,8 +305,8 @@ class RegionTrainer:
                     print(json.dumps(line), file=log, flush=True)
                     losses.clear()
                 if self.step % run.every == 0 or done:
+                    line = json.dumps({"step": self.step, "val": self.judge()})
                     self.save()
-                    line = json.dumps({"step": self.step, "val": self.validate()})
                     print(line, file=log, flush=True)
                     print(line, flush=True)
 

@@ -154,9 +154,25 @@ def test_a_run_that_was_cut_off_resumes_to_the_same_weights(data: Path, tmp_path
     assert all(torch.allclose(ends[0][name], ends[1][name], atol=1e-6) for name in ends[0])
 
 
+def test_the_best_average_is_kept_and_a_run_that_gets_no_better_ends_early(
+    data: Path, tmp_path: Path, debug_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = RegionTrainer(settings(data, tmp_path, debug_weights, steps=9, every=1, patience=2))
+    nats = iter([3.0, 1.0, 2.0, 1.5])
+    monkeypatch.setattr(trainer, "validate", lambda: {"nats": next(nats)})
+    trainer.fit()
+    assert trainer.step == 4
+    state = torch.load(tmp_path / "region.pt", weights_only=True)
+    assert state["least"] == 1.0
+    assert any(not torch.equal(state["best"][name], p) for name, p in state["average"].items())
+    model = region_model(load_checkpoint(debug_weights).model, tmp_path / "region.pt").state_dict()
+    assert all(torch.equal(model[name], p) for name, p in state["best"].items())
+    assert RegionTrainer(settings(data, tmp_path, debug_weights, steps=9, every=1, patience=2)).waited == 2
+
+
 def test_an_expert_of_other_weights_is_refused(debug_weights: Path, tmp_path: Path) -> None:
     model = load_checkpoint(debug_weights).model
-    torch.save({"average": {"decoder.blocks.0.nothing": torch.zeros(1)}}, tmp_path / "region.pt")
+    torch.save({"best": {"decoder.blocks.0.nothing": torch.zeros(1)}}, tmp_path / "region.pt")
     with pytest.raises(WeightsError, match="other weights"):
         region_model(model, tmp_path / "region.pt")
 
