@@ -1,6 +1,7 @@
 """What a large scene costs: throughput and memory at several sizes, and where the time goes.
 
-    python benchmarks/scene.py [--sizes 1000 5000 10000 20000] [--sahi DIR] [--model] [--out scene.json]
+    python benchmarks/scene.py [--sizes 1000 5000 10000 20000] [--masks 5000 20000] [--sahi DIR] [--model]
+        [--out scene.json]
 
 Every tile of each scene is read at full resolution, answered, and the answers' boxes merged. The model is a stand-in
 that knows the boxes (--model adds a sweep of batch sizes with the real one). Each figure comes from a process of its
@@ -9,6 +10,9 @@ machine that does other things too.
 
 With `sahi` importable (--sahi: a folder to find it in, as made by `pip install --target DIR --no-deps sahi
 opencv-python-headless`) its slicing and merging get the same file, tiles and boxes.
+
+Masks (`segment`, `detect_change`, one class or one kind of change, with outlines and preview) are made by the tools as
+they are, at up to `MAX_TILES` tiles a scene, with a stand-in that marks what is bright: thousands of areas.
 
 The scenes are TIFFs whose blocks all point at the same compressed block of a real image: hundreds of megapixels that
 have to be decoded, in a file of a megabyte.
@@ -36,17 +40,22 @@ from typing import Any
 
 import numpy as np
 import rasterio
+from affine import Affine
 
-from model_server.protocol import PerceiveRequest
+from model_server.protocol import ModelInfo, PerceiveRequest, PerceiveResponse, TileCaption, TileChange, TileMasks
 from rs_tools.geometry.measures import TileFrame
 from rs_tools.geometry.merging import Detections, merge
 from rs_tools.imagery.access import AccessPolicy
 from rs_tools.imagery.scene import Pixels, ReadWindow, Region, Scene
 from rs_tools.imagery.tiling import MODEL_SIDE, OVERLAP, Looks, TilePlan, tile_grid
 from rs_tools.looking import BATCH, stream
+from rs_tools.results import DetectChangeResult, SegmentResult
+from rs_tools.tools import Tools
 
 IMAGE = Path(__file__).parents[1] / "examples" / "data" / "yellowstone_road.jpg"
 SIZES = [1000, 5000, 10_000, 20_000]
+MASKS = [5000, 20_000]
+MARKED = 16  # tile pixels a side of a marking model's cells
 SAHI_MOST = 20_000  # it holds the whole image and all slices: beyond this more memory than most machines have
 SWEPT = 3000
 REPEATS = 3
@@ -105,6 +114,31 @@ class KnowingModel:
         clipped = np.clip(found, [x1, y1, x1, y1], [x2, y2, x2, y2])
         seen = (clipped[:, 2] - clipped[:, 0] > 4) & (clipped[:, 3] - clipped[:, 1] > 4)
         return clipped[seen] - [x1, y1, x1, y1]
+
+
+class MarkingModel:
+    """Answers a tile (of a pair: the later one) with its red, in cells of `MARKED` pixels, as a probability."""
+
+    async def perceive(self, request: PerceiveRequest, tiles: list[np.ndarray]) -> PerceiveResponse:
+        model = ModelInfo(model="marking", weights_digest="", attention_backend="", precision="", device="cpu")
+        answer = PerceiveResponse(model=model, task_token="", expert="", warnings=[], elapsed_s=0)
+        if request.task == "segment":
+            maps = [self._marked(tile)[None] for tile in tiles]
+            answer.masks = [
+                TileMasks(labels=request.labels, thresholds=[0.5], known=[True], scale=1, probabilities=one)
+                for one in maps
+            ]
+        elif request.task == "detect_change":
+            answer.changes = [
+                TileChange(threshold=0.5, scale=1, probabilities=self._marked(tile)) for tile in tiles[1::2]
+            ]
+        else:
+            answer.captions = [TileCaption(caption="A road.", confidence=0.5) for _ in tiles]
+        return answer
+
+    def _marked(self, tile: np.ndarray) -> np.ndarray:
+        cells = tile[::MARKED, ::MARKED, 0].repeat(MARKED, axis=0).repeat(MARKED, axis=1)
+        return np.ascontiguousarray(cells[: tile.shape[0], : tile.shape[1]])
 
 
 class Clock:
@@ -220,6 +254,31 @@ def figures(side: int, tiles: int, found: int, wall: float, cpu: float, clock: C
     }
 
 
+async def masked(kind: str, path: Path, side: int) -> dict[str, Any]:
+    """A mask of the whole scene by the tools themselves, with outlines and preview."""
+    with tempfile.TemporaryDirectory() as folder:
+        later = path.with_name(f"later-{path.name}")
+        tools = Tools(AccessPolicy([path.parent]), MarkingModel(), deadline_s=36_000, artifacts=folder)
+        wall, cpu = time.perf_counter(), time.process_time()
+        found: SegmentResult | DetectChangeResult
+        if kind == "segment":
+            found = await tools.segment(path.name, ["road"], preview=True)
+            share = found.classes[0].share
+        else:
+            found = await tools.detect_change(path.name, later.name, preview=True)
+            share = found.changed_share
+        grid = found.provenance.tile_grid
+        return {
+            "side": side,
+            "tiles": grid.columns * grid.rows if grid else 0,
+            "wall_s": time.perf_counter() - wall,
+            "cpu_s": time.process_time() - cpu,
+            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "share": share,
+            "bytes": {one.kind: os.path.getsize(one.path) for one in found.artifacts},  # noqa: ASYNC240 - one caller
+        }
+
+
 async def asked(path: Path, side: int, batch: int) -> dict[str, Any]:
     """Questions about every tile, put to the real model server."""
     from rs_tools.client import ModelClient
@@ -245,7 +304,8 @@ async def asked(path: Path, side: int, batch: int) -> dict[str, Any]:
 
 def child(kind: str, path: Path, side: int, overlap: int = OVERLAP, batch: int = BATCH) -> dict[str, Any]:
     """The run with the median CPU time (the model's: wall time) of several."""
-    runs = [_child(kind, path, side, overlap, batch) for _ in range(1 if kind == "model" else REPEATS)]
+    once = kind in ("model", "segment", "detect_change")
+    runs = [_child(kind, path, side, overlap, batch) for _ in range(1 if once else REPEATS)]
     return sorted(runs, key=lambda run: run.get("cpu_s", run["wall_s"]))[len(runs) // 2]
 
 
@@ -263,6 +323,8 @@ def run_child(kind: str, path: str, side: str, overlap: str, batch: str) -> None
         found = with_sahi(scene, pixels, shared)
     elif kind == "model":
         found = asyncio.run(asked(scene, pixels, size))
+    elif kind in ("segment", "detect_change"):
+        found = asyncio.run(masked(kind, scene, pixels))
     else:
         found = asyncio.run(ours(scene, pixels, shared, size))
     print(json.dumps(found))
@@ -291,6 +353,7 @@ def whole_share(overlap: int, size: int = 32) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="sides of the scenes in pixels")
+    parser.add_argument("--masks", type=int, nargs="*", default=MASKS, help="sides of the scenes that get masks")
     parser.add_argument("--sahi", type=Path, metavar="DIR", help="folder to find sahi in")
     parser.add_argument("--model", action="store_true", help="also sweep batch sizes with this user's model server")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
@@ -304,7 +367,8 @@ def main() -> None:
         sys.path.append(str(options.sahi.resolve()))
     results: dict[str, Any] = {"platform": platform.platform(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory() as folder:
-        for name, measure in (("sizes", sizes), ("overlaps", overlaps), ("batches", batches)):
+        measured = {"sizes": sizes, "overlaps": overlaps, "batches": batches, "masks": masks}
+        for name, measure in measured.items():
             print(f"\n### {name}\n", flush=True)
             results[name] = measure(Path(folder), options)
     print(f"\n{results['cores']} cores, load {results['load']:.1f} at the start, {results['platform']}")
@@ -353,6 +417,28 @@ def batches(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
         runs.append({"batch": batch, **one})
         rest = "" if options.model else f" | {one['cpu_s']:.2f} | {one['peak_mib']:.0f}"
         print(f"| {batch} | {one['tiles']} | {one['wall_s']:.2f}{rest} |", flush=True)
+    return runs
+
+
+def masks(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    runs = []
+    print("| what | side | tiles | CPU s | CPU ms/MPix | peak MiB | marked | mask / vectors / preview kB |")
+    print(f"{'| --- ' * 8}|")
+    for side in options.masks:
+        path = folder / f"mask-{side}.tif"
+        for one in (path, path.with_name(f"later-{path.name}")):
+            write_scene(one, side)
+            with rasterio.open(one, "r+") as file:
+                file.crs, file.transform = "EPSG:32633", Affine(10, 0, 300_000, 0, -10, 5_000_000)
+        for kind in ("segment", "detect_change"):
+            run = {"kind": kind, **child(kind, path, side)}
+            runs.append(run)
+            sizes_kb = " / ".join(f"{run['bytes'][one] / 1000:,.0f}" for one in ("mask", "vectors", "preview"))
+            print(
+                f"| {kind} | {side:,} | {run['tiles']} | {run['cpu_s']:.1f} | {run['cpu_s'] / side**2 * 1e9:.0f} "
+                f"| {run['peak_mib']:.0f} | {run['share']:.0%} | {sizes_kb} |",
+                flush=True,
+            )
     return runs
 
 

@@ -18,7 +18,7 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +101,7 @@ class ArtifactStore:
 
     def vectors(
         self,
-        features: Sequence[Feature],
+        features: Iterable[Feature],
         provenance: Provenance,
         warnings: Sequence[str] = (),
         *,

@@ -7,7 +7,7 @@ outlines kept, whatever the scene's height. A painter belongs to one thread: GDA
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -221,21 +221,28 @@ def vectors(
 ) -> Artifact:
     """The outlines as a file of vectors, each with its class, pixels, area and mean probability."""
     georeference = call.scene.georeference
-    polygons = [area.outline for area in areas]
-    features = [
-        Feature(
-            geometry,
-            {
-                "label": classes[area.value - 1],
-                "value": area.value,
-                "pixels": area.pixels,
-                "area_m2": area.area_m2,
-                "score": round(area.score, 4),
-            },
-        )
-        for area, geometry in zip(areas, _geometries(polygons, georeference), strict=True)
-    ]
+    features = _features(areas, classes, georeference)
     return store.vectors(features, provenance, warnings, lonlat=georeference is not None, gsd_m=call.gsd_m)
+
+
+def _features(
+    areas: Sequence[Area], classes: Sequence[str], georeference: Georeference | None
+) -> Iterator[Feature]:
+    """The areas as features, placed a few at a time, as the file takes them."""
+    for first in range(0, len(areas), _BATCH):
+        some = areas[first : first + _BATCH]
+        polygons = [area.outline for area in some]
+        for area, geometry in zip(some, _geometries(polygons, georeference), strict=True):
+            yield Feature(
+                geometry,
+                {
+                    "label": classes[area.value - 1],
+                    "value": area.value,
+                    "pixels": area.pixels,
+                    "area_m2": area.area_m2,
+                    "score": round(area.score, 4),
+                },
+            )
 
 
 def picture(call: Call, output: Output, mask: Artifact, classes: Sequence[str]) -> Artifact:
