@@ -64,7 +64,7 @@ class _Completion(BaseModel):
     choices: list[_Choice]
     model: str = ""
     system_fingerprint: str | None = None
-    perception: _Perception = _Perception()
+    perception: _Perception | None = None
 
 
 class UpstreamClient:
@@ -234,10 +234,11 @@ class UpstreamClient:
         if choice.message.refusal or choice.finish_reason == "content_filter":
             said = (choice.message.refusal or "its content filter stopped the answer")[:200]
             raise ServerError(f"the model {self._model!r} refused to answer: {said}")
-        told = completion.perception
+        told = completion.perception or _Perception()
         return Spoken(
             text=choice.message.content or "",
             cut=choice.finish_reason == "length",
+            calibrated=completion.perception is not None,
             confidence=told.confidence,
             abstained=told.abstained,
             known=told.known,

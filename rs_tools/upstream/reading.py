@@ -43,11 +43,13 @@ _ALONE = re.compile(r"(yes|no)\b[,.!\s]?", re.I)
 class Spoken:
     """One completion: its text, and the calibrated facts where the endpoint is one of our servers.
 
-    `cut`: the text ended because of a limit on its length.
+    `cut`: the text ended because of a limit on its length. `calibrated`: it is one of ours; `confidence` is None there
+    too where nothing was found and for masks.
     """
 
     text: str
     cut: bool = False
+    calibrated: bool = False
     confidence: float | None = None
     abstained: bool = False
     known: bool | None = None
@@ -82,7 +84,7 @@ def read(profile: Profile, request: PerceiveRequest, size: tuple[int, int], seen
     Raises:
         MalformedText: the words hold no answer of the task's form.
     """
-    if any(one.confidence is None for one in spoken) and request.task in ("caption", "vqa", "classify", "ground"):
+    if request.task in ("caption", "vqa", "classify", "ground") and not all(one.calibrated for one in spoken):
         heard.note(UNCALIBRATED)
     if any(one.cut for one in spoken):
         heard.note("An answer of the endpoint was cut off at its limit of tokens; what came after is missing.")
@@ -148,7 +150,8 @@ def _classes(labels: Sequence[str], spoken: Spoken, heard: Heard) -> TileClasses
 
 def _objects(profile: Profile, phrase: str, size: tuple[int, int], seen: tuple[int, int], spoken: Spoken,
              heard: Heard) -> TileObjects:  # fmt: skip
-    heard.note(profile.limits)
+    if not spoken.calibrated:
+        heard.note(profile.limits)
     dialect = BoxDialect.QWEN if _is_ours(spoken.text) else profile.boxes
     parsed = ParsedBoxes(()) if _means_none(spoken.text) else parse_boxes(spoken.text, dialect, size, seen)
     heard.note(*(f"Boxes as text: {warning}" for warning in parsed.warnings))
