@@ -20,6 +20,7 @@ from model_server.model.attention import Backend, attention_backend
 
 TOLERANCE = 1e-4
 IDS = "ids"
+TEXT_CASES = "text_cases.json"
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Comparison:
     cases: list[str] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
     recorded: set[str] = field(default_factory=set)
+    exact: set[str] = field(default_factory=set)  # kinds that are equal or not
 
     def expect(self, names: Iterable[str]) -> None:
         """Name recorded results, so that it can be said which of them nothing was compared with."""
@@ -46,7 +48,12 @@ class Comparison:
 
     def ids(self, name: str, ours: Iterable[int], recorded: Iterable[int]) -> None:
         """Token ids: all the same, or not."""
-        self._add(IDS, name, 0.0 if list(ours) == list(recorded) else math.inf)
+        self.same(IDS, name, list(ours), list(recorded))
+
+    def same(self, kind: str, name: str, ours: object, recorded: object) -> None:
+        """Equal, or not."""
+        self.exact.add(kind)
+        self._add(kind, name, 0.0 if ours == recorded else math.inf)
 
     def _add(self, kind: str, name: str, difference: float) -> None:
         self.seen.add(name)
@@ -69,13 +76,14 @@ class Verification:
     """What `verify` found in a folder."""
 
     family: str
-    checkpoint: Path
+    checkpoint: Path | None  # None: what is recorded needs none
     report: Report
     comparison: Comparison
 
 
 def verify(folder: Path) -> Verification:
-    """Load the checkpoint in a folder of recorded results (in it or in its `checkpoint/`) and run every case.
+    """Load the checkpoint in a folder of recorded results (in it or in its `checkpoint/`) and run every case; a folder
+    of recorded strings has no checkpoint.
 
     As when the results were recorded, one thread runs and attention is the plain equation: rounding grows in random
     weights, and faster kernels round otherwise (they are held to the plain equation elsewhere).
@@ -83,6 +91,8 @@ def verify(folder: Path) -> Verification:
     Raises:
         WeightsError: no adapter knows the checkpoint, its tensors do not fit, or what was recorded is not there.
     """
+    if (folder / TEXT_CASES).is_file():
+        return _verify_text(folder)
     nested = folder / "checkpoint"
     checkpoint = nested if nested.is_dir() else folder
     name = find_family(checkpoint).NAME
@@ -101,15 +111,24 @@ def verify(folder: Path) -> Verification:
     return Verification(name, checkpoint, report, comparison)
 
 
+def _verify_text(folder: Path) -> Verification:
+    from model_server.checkpoints.recorded.rsunivlm_text import compare
+
+    comparison = Comparison()
+    compare(folder, comparison)
+    return Verification("rsunivlm", None, Report(), comparison)
+
+
 def lines(found: Verification) -> list[str]:
     """The verification as text."""
     comparison = found.comparison
-    out = [f"{found.family}: {found.checkpoint}"]
+    out = [f"{found.family}: {found.checkpoint or 'strings and pictures'}"]
     unused = f", {len(found.report.unused)} of them unused by the authors' code too" if found.report.unused else ""
-    out.append(f"tensors: none missing, unexpected or mis-shaped{unused}")
+    if found.checkpoint is not None:
+        out.append(f"tensors: none missing, unexpected or mis-shaped{unused}")
     out.append(f"cases: {', '.join(comparison.cases)}")
     for kind, (value, where) in comparison.worst.items():
-        said = ("all the same" if value == 0 else "different") if kind == IDS else f"{value:.1e}"
+        said = ("all the same" if value == 0 else "different") if kind in comparison.exact else f"{value:.1e}"
         out.append(f"  {kind:<12} {comparison.counts[kind]:>4} compared   largest difference {said}   ({where})")
     if comparison.left_out:
         out.append(f"recorded but not compared: {', '.join(comparison.left_out)}")

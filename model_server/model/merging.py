@@ -21,8 +21,14 @@ class TilesDoNotFit(ValueError):
 
 
 def best_grid(size: tuple[int, int], grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The admitted (width, height) that keeps most of an image of `size` (width, height), then wastes least."""
+    """The admitted (width, height) that keeps most of an image of `size` (width, height), then wastes least.
+
+    Raises:
+        TilesDoNotFit: the image has no pixels.
+    """
     width, height = size
+    if min(size) <= 0:
+        raise TilesDoNotFit(f"an image of {width} x {height} pixels has no grid of tiles")
 
     def kept_and_waste(grid: tuple[int, int]) -> tuple[int, int]:
         scale = min(grid[0] / width, grid[1] / height)

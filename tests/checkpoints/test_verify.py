@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from model_server.checkpoints.__main__ import app
-from model_server.checkpoints.verify import TOLERANCE, Comparison, verify
+from model_server.checkpoints.verify import TOLERANCE, Comparison, lines, verify
 
 FIXTURES = Path(__file__).parent / "oracles"
 
@@ -40,6 +41,24 @@ def test_the_full_recordings_come_out(oracles: Path, case: str) -> None:
     found = verify(oracles / case)
     assert found.comparison.passed, found.comparison.worst
     assert found.comparison.left_out == []
+
+
+def test_recorded_strings_and_pictures_come_out_without_a_checkpoint(oracles: Path) -> None:
+    found = verify(oracles / "rsunivlm" / "text")
+    assert found.comparison.passed, found.comparison.worst
+    # 151 strings less 4 of left padding, and 16 pictures.
+    assert sum(found.comparison.counts.values()) == 151 - 4 + 16
+    assert {name.partition("/")[0] for name in found.comparison.left_out} == {"left_pad_sequences"}
+    assert "prompts" in "\n".join(lines(found))
+
+
+def test_a_recorded_string_that_differs_fails(oracles: Path, tmp_path: Path) -> None:
+    cases = json.loads((oracles / "rsunivlm" / "text" / "text_cases.json").read_text())
+    cases[0]["output"] = 2  # another expert than the recorded one
+    (tmp_path / "text_cases.json").write_text(json.dumps(cases))
+    result = CliRunner().invoke(app, ["verify", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "routes" in result.output
 
 
 def test_the_command_names_the_cases_and_the_largest_difference_by_kind() -> None:
