@@ -6,13 +6,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from model_server.counters import EngineMetrics, HistogramValues
+from model_server.protocol import Priority
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _PREFIX = "rs_"
 
+_Key = TypeVar("_Key", bound=str)
 Sample = tuple[Mapping[str, str | int], float]
 
 
@@ -107,11 +109,11 @@ def _number(value: float) -> str:
     return str(int(value)) if value == int(value) else repr(float(value))
 
 
-def _labelled(label: str, values: Mapping[str, int]) -> list[Sample]:
+def _labelled(label: str, values: Mapping[_Key, int]) -> list[Sample]:
     return [({label: key}, value) for key, value in values.items()]
 
 
-def _by_priority(values: Mapping[str, HistogramValues]) -> list[tuple[Mapping[str, str], HistogramValues]]:
+def _by_priority(values: Mapping[Priority, HistogramValues]) -> list[tuple[Mapping[str, str], HistogramValues]]:
     return [({"priority": priority}, one) for priority, one in values.items()]
 
 

@@ -184,9 +184,10 @@ def _scores(text: str, boxes: Sequence[Box]) -> dict[int, float]:
     """The score beside each box; none where they cannot be told."""
     rows = json.loads(text)
     given = [row.get("score") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    if len(given) != len(boxes) or not all(isinstance(one, float | int) and 0 <= one <= 1 for one in given):
+    scores = [float(one) for one in given if isinstance(one, float | int) and 0 <= one <= 1]
+    if not len(scores) == len(given) == len(boxes):
         return {}
-    return {id(box): float(score) for box, score in zip(boxes, given, strict=True)}
+    return {id(box): score for box, score in zip(boxes, scores, strict=True)}
 
 
 def _plane(spoken: Spoken, label: str | None, size: tuple[int, int], heard: Heard) -> np.ndarray:

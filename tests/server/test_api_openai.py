@@ -7,7 +7,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import numpy as np
@@ -19,6 +19,7 @@ from scripted import GUILTY, ScriptedPerceiver, tile
 from model_server.api import create_app
 from model_server.engine import Engine
 from model_server.protocol import PerceiveRequest, encode_request
+from model_server.resident import Resident
 
 SECRET = "Is the hidden bunker at 12 degrees?"
 
@@ -104,7 +105,7 @@ class WithVectors(ScriptedPerceiver):
 
 @pytest.fixture
 def with_vectors(engine: Engine) -> None:
-    engine.perceiver = WithVectors()
+    engine.perceiver = cast(Resident, WithVectors())
 
 
 @pytest.mark.usefixtures("with_vectors")
@@ -180,9 +181,10 @@ async def test_the_log_names_the_task_and_never_what_was_asked_shown_or_sent(
     caplog.set_level(logging.DEBUG, "model_server")
     completion = await ask(client, SECRET)
     assert SECRET in completion.choices[0].message.content
-    for text, fields in ((SECRET * 20, {}), (SECRET, {"metadata": {"task": SECRET}})):
-        with pytest.raises(openai.BadRequestError):
-            await ask(client, text, **fields)
+    with pytest.raises(openai.BadRequestError):
+        await ask(client, SECRET * 20)
+    with pytest.raises(openai.BadRequestError):
+        await ask(client, SECRET, metadata={"task": SECRET})
     with pytest.raises(openai.InternalServerError):
         await ask(client, SECRET, GUILTY)
     async with httpx.AsyncClient(base_url=scripted_url) as http:
