@@ -1,9 +1,9 @@
 """From raw model scores to confidences that mean something: fitted on validation data, stored with the weights.
 
-Yes or no: Platt scaling of the odds of yes against no, which also mends a leaning towards either. Other answers: Platt
-scaling of the answer's log-odds. Labels: one temperature. Captions:
-a logistic map from the mean token log-probability to the ROUGE-L that such captions reach against their references,
-so a caption's confidence is its expected agreement with a human's.
+Yes or no: Platt scaling of the odds of yes against no, which also mends a leaning towards either; comparisons apart,
+whose odds come from two numbers. Other answers: Platt scaling of the answer's log-odds. Labels: one temperature.
+Captions: a logistic map from the mean token log-probability to the ROUGE-L that such captions reach against their
+references, so a caption's confidence is its expected agreement with a human's.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Calibration:
     """`abstain_below` are the confidences under which an answer is withheld as an abstention."""
 
     yes_no: Logistic = Logistic()
+    comparison: Logistic = Logistic()
     answer: Logistic = Logistic()
     caption: Logistic = Logistic()
     label_temperature: float = 1.0

@@ -10,7 +10,7 @@ import re
 from collections import defaultdict, deque
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict, get_args
 
@@ -46,6 +46,7 @@ from model_server.query import Query
 from model_server.sentences import Sentences
 from model_server.text.agreement import most_agreed
 from model_server.text.answers import answer_kind
+from model_server.text.comparison import Comparison, Kind, odds, read_comparison
 from model_server.text.names import readable
 
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "nano"
@@ -60,6 +61,7 @@ ANSWER_BEAMS, ANSWER_TOKENS = 5, 16
 SURE = 0.8  # what a full description names
 PASS_IMAGES = 4  # encoded at a time: with sixteen, all of whose views leave the processor's caches, it takes longer
 TOGETHER = 16  # images that `answer` takes in at a time
+PARTS: dict[Task, int] = {"caption": 1, "vqa": 2}  # most sequences of one answer
 PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 
 __all__ = ["DEFAULT_WEIGHTS", "Perceiver", "Query", "WeightsError", "Writing"]
@@ -77,11 +79,21 @@ class LaneShape(TypedDict):
 
 @dataclass(eq=False)
 class Writing:
-    """An answer in words that is being written."""
+    """An answer in words that is being written: one sequence, or one for each number of a comparison."""
 
     query: Query
     pooled: Tensor  # [1, head] of its image
     lane: Lane
+    comparison: Comparison | None
+    said: dict[int, list[Hypothesis]] = field(default_factory=dict)  # of the sequences that have ended
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What is asked, one text a sequence."""
+        return self.comparison.questions() if self.comparison else (self.query.text,)
+
+
+Part = tuple[Writing, int]  # a sequence of it
 
 
 class Perceiver:
@@ -123,7 +135,8 @@ class Perceiver:
         self._salt = f"{loaded.digest} {self.config.image_size}"
         self._lanes: dict[tuple[Task, Priority], Lane] = {
             (task, priority): Lane(
-                self.model, sequences=self.plan.sequences, banned=self._banned, end=self.tokenizer.end, **shape
+                self.model, sequences=PARTS[task] * self.plan.sequences, banned=self._banned,
+                end=self.tokenizer.end, **shape,
             )
             for task, shape in self._lane_shapes.items()
             for priority in PRIORITIES
@@ -147,7 +160,8 @@ class Perceiver:
     def _plan(self, weights: Path) -> MemoryPlan:
         held = sum(file.stat().st_size for file in weights.glob("*.safetensors"))
         sequence = sum(
-            Lane.nbytes(self.model, s["views"], s["prompt"], s["beams"], s["steps"]) for s in self._lane_shapes.values()
+            PARTS[task] * Lane.nbytes(self.model, s["views"], s["prompt"], s["beams"], s["steps"])
+            for task, s in self._lane_shapes.items()
         )
         return MemoryPlan.of(free_memory(), 2 * held, sequence, len(PRIORITIES))  # half precision on disk
 
@@ -218,7 +232,7 @@ class Perceiver:
     def room(self, task: Task, priority: Priority = "interactive") -> int:
         """How many queries of a task may begin now."""
         lane = self._lanes.get((task, priority))
-        return TOGETHER if lane is None else lane.free
+        return TOGETHER if lane is None else lane.free // PARTS[task]
 
     def fresh(self, query: Query) -> bool:
         """Whether its image must be encoded first; images of boxes, masks and change count as such always."""
@@ -251,9 +265,7 @@ class Perceiver:
         done = []
         for (_, of), lane in self._lanes.items():
             if of == priority and len(lane):
-                for writing, hypotheses in lane.step().items():
-                    assert isinstance(writing, Writing)
-                    done.append((writing, self._said(writing, hypotheses)))
+                done += self._ended(lane.step())
         return done
 
     def writing(self, priority: Priority = "interactive") -> int:
@@ -263,7 +275,8 @@ class Perceiver:
     def drop(self, writing: Hashable) -> None:
         """Nobody wants it any more: its places are free at once."""
         assert isinstance(writing, Writing)
-        writing.lane.drop(writing)
+        for i in range(len(writing.texts)):
+            writing.lane.drop((writing, i))
 
     def free_memory(self) -> None:
         """Forget all that is kept of images."""
@@ -318,19 +331,47 @@ class Perceiver:
         lane = self._lanes[task, priority]
         token = TASK_TOKEN[task]
         expert = route(token, self.config.decoder.experts)
-        prefix = Prefix.joined(prefixes(self.model, seen, lane.views, expert))
-        questions = self.sentences.questions([q.text for q in queries]) if task == "vqa" else None
+        begun = [
+            Writing(query, one.pooled, lane, read_comparison(query.text) if task == "vqa" else None)
+            for query, one in zip(queries, seen, strict=True)
+        ]
+        parts: list[Part] = [(writing, i) for writing in begun for i in range(len(writing.texts))]
+        images = [one for one, writing in zip(seen, begun, strict=True) for _ in writing.texts]
+        prefix = Prefix.joined(prefixes(self.model, images, lane.views, expert))
+        asked = [writing.texts[i] for writing, i in parts]
+        questions = self.sentences.questions(asked) if task == "vqa" else None
         prompt = prefill(self.model, prefix, self.tokenizer.tasks[token], questions)
-        begun = [Writing(query, one.pooled, lane) for query, one in zip(queries, seen, strict=True)]
         for writing in begun:
             undo.callback(self.drop, writing)
-        ended = lane.join(begun, prompt)
-        return [self._said(w, ended[w]) if w in ended else w for w in begun]
+        at_once = dict(self._ended(lane.join(parts, prompt)))
+        return [at_once.get(writing, writing) for writing in begun]
 
-    def _said(self, writing: Writing, hypotheses: Sequence[Hypothesis]) -> TileAnswer:
-        if writing.query.task == "vqa":
-            return self._vqa(hypotheses)
-        return self._caption(writing, hypotheses)
+    def _ended(self, sequences: Mapping[Hashable, list[Hypothesis]]) -> list[tuple[Writing, TileAnswer]]:
+        """The answers that are complete with these sequences."""
+        done = []
+        for part, hypotheses in sequences.items():
+            assert isinstance(part, tuple)
+            writing, i = part
+            writing.said[i] = hypotheses
+            if len(writing.said) == len(writing.texts):
+                done.append((writing, self._said(writing)))
+        return done
+
+    def _said(self, writing: Writing) -> TileAnswer:
+        said = writing.said
+        if writing.comparison:
+            return self._compared(writing.comparison.kind, self._numbers(said[0]), self._numbers(said[1]))
+        return self._vqa(said[0]) if writing.query.task == "vqa" else self._caption(writing, said[0])
+
+    def _numbers(self, hypotheses: Sequence[Hypothesis]) -> dict[int, float]:
+        """How probable each number is among what was said; empty where no number was."""
+        said = [(self.tokenizer.decode(h.ids), math.exp(h.logprob)) for h in hypotheses]
+        numbers = [(int(text), p) for text, p in said if text.isdecimal()]
+        return {n: sum(p for m, p in numbers if m == n) / sum(p for _, p in numbers) for n, _ in numbers}
+
+    def _compared(self, kind: Kind, a: Mapping[int, float], b: Mapping[int, float]) -> TileVqa:
+        """Even odds, so an abstention, where the model gave no number for one of the two."""
+        return self._yes_no(self.calibration.comparison(odds(kind, a, b)) if a and b else 0.5)
 
     @torch.inference_mode()
     def image_features(self, images: Sequence[np.ndarray]) -> np.ndarray:
@@ -407,7 +448,10 @@ class Perceiver:
     def _yes_or_no(self, said: Mapping[str, float]) -> TileVqa:
         """The calibrated odds of yes against no, whatever else might have been said."""
         least = min(said.values())  # of an answer that is not among the best, no more is known than that it is rarer
-        yes = self.calibration.yes_no(said.get("yes", least) - said.get("no", least))
+        return self._yes_no(self.calibration.yes_no(said.get("yes", least) - said.get("no", least)))
+
+    def _yes_no(self, yes: float) -> TileVqa:
+        """The answer at this calibrated probability of yes."""
         answer, other = ("yes", "no") if yes >= 0.5 else ("no", "yes")
         confidence = max(yes, 1 - yes)
         return TileVqa(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from model_server.calibration import Calibration, Logistic
+from model_server.model.generate import Hypothesis
 from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver, Query, WeightsError, Writing
 from model_server.protocol import TileAnswer, TileCaption, TileClasses, TileMasks, TileObjects, TileVqa
 from model_server.text.answers import answer_kind
@@ -120,6 +122,50 @@ def test_sequences_that_join_while_others_are_written_change_nobodys_answer(perc
     assert perceiver.writing() == 0
     for i, expected in enumerate(alone):
         assert_same(answers[i], expected)
+
+
+def test_a_comparison_is_answered_from_the_two_numbers_that_the_model_gives(
+    perceiver: Perceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cars, trees = {"7": 0.8, "2": 0.2}, {"3": 0.9, "none": 0.1}
+    said = {"What is the number of cars?": cars, "What is the number of trees?": trees}
+    speak(perceiver, said, monkeypatch)
+    asked = ["Are there more cars than trees?", "Are there fewer cars than trees?", "Do cars outnumber ships here?"]
+    more, fewer, unknown = perceiver.answer([Query("vqa", picture(40), text=text) for text in asked])
+    assert isinstance(more, TileVqa)
+    assert isinstance(fewer, TileVqa)
+    assert isinstance(unknown, TileVqa)
+    assert (more.answer, fewer.answer) == ("yes", "no")
+    assert more.confidence == pytest.approx(0.8, abs=1e-3)
+    assert fewer.confidence == pytest.approx(0.8, abs=1e-3)
+    assert unknown.abstained  # it has no number for ships
+
+
+def speak(perceiver: Perceiver, said: dict[str, dict[str, float]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the model say these texts, with these probabilities, to these questions, and "none" to others."""
+
+    def answer(writing: Writing) -> TileAnswer:
+        for i, text in enumerate(writing.texts):
+            texts = said.get(text, {"none": 1.0})
+            writing.said[i] = [Hypothesis(tuple(map(ord, t)), math.log(p)) for t, p in texts.items()]
+        return tell(writing)
+
+    tell = perceiver._said
+    monkeypatch.setattr(perceiver, "_said", answer)
+    monkeypatch.setattr(perceiver.tokenizer, "decode", lambda ids: "".join(map(chr, ids)))
+
+
+def test_both_numbers_of_a_comparison_take_places_and_leave_them_together(perceiver: Perceiver) -> None:
+    room = perceiver.room("vqa")
+    comparison = Query("vqa", picture(41), text="Are there more large buildings next to a road than small houses?")
+    (begun,) = perceiver.begin([comparison])
+    assert isinstance(begun, Writing)
+    assert perceiver.writing() == 2
+    assert perceiver.room("vqa") == room - 1
+    perceiver.drop(begun)
+    assert (perceiver.room("vqa"), perceiver.writing()) == (room, 0)
+    many = perceiver.answer([comparison] * (room + 1))
+    assert len({answer.model_dump_json() for answer in many}) == 1
 
 
 def test_what_is_dropped_frees_its_place_and_harms_no_other(perceiver: Perceiver) -> None:

@@ -18,6 +18,7 @@ from model_server.evaluation.caption_metrics import rouge_l, tokenize
 from model_server.perceiver import Perceiver, Query
 from model_server.protocol import TileAnswer, TileCaption, TileClasses, TileVqa
 from model_server.text.answers import normalise
+from model_server.text.comparison import read_comparison
 from model_server.text.questions import presence_questions
 from model_server.training.images import thinned
 from model_server.training.language import LanguageTrainer
@@ -92,7 +93,7 @@ def _answers(perceiver: Perceiver, records: Sequence[Record]) -> dict[str, Logis
         for qa in (*r.qa, *presence_questions(r, rng))
     ]
     said = _ask(perceiver, [query for query, _ in pairs])
-    found: dict[str, list[tuple[float, bool]]] = {"yes_no": [], "answer": []}
+    found: dict[str, list[tuple[float, bool]]] = {"yes_no": [], "comparison": [], "answer": []}
     for answer, (_, qa) in zip(said, pairs, strict=True):
         assert isinstance(answer, TileVqa)
         p = min(max(answer.confidence, 1e-6), 1 - 1e-6)
@@ -101,7 +102,8 @@ def _answers(perceiver: Perceiver, records: Sequence[Record]) -> dict[str, Logis
         if answer.kind != "yes_no":
             found["answer"].append((log_odds, normalise(answer.answer) == truth))
         elif truth in ("yes", "no"):
-            found["yes_no"].append((log_odds if answer.answer == "yes" else -log_odds, truth == "yes"))
+            kind = "comparison" if read_comparison(qa.question) else "yes_no"
+            found[kind].append((log_odds if answer.answer == "yes" else -log_odds, truth == "yes"))
     return {
         name: fit_logistic(torch.tensor([x for x, _ in rows]), torch.tensor([float(y) for _, y in rows]))
         for name, rows in found.items()
