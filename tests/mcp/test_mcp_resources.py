@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -14,8 +15,9 @@ from mcp.types import PromptReference, ResourceTemplateReference, TextResourceCo
 from mcp_models import PlantedModel
 from mcp_processes import TOKEN, ModelServer, free_port
 
+from rs_tools import mcp_resources
 from rs_tools.declarations import DECLARATIONS
-from rs_tools.mcp_resources import MODEL_CARD, TAXONOMY
+from rs_tools.mcp_resources import MODEL_CARD, TAXONOMY, AnsweredFiles
 from rs_tools.model_facts import EMBEDDED
 
 PROMPTS = {
@@ -58,6 +60,33 @@ async def test_a_file_that_is_gone_is_no_longer_listed(client: Client, tmp_path:
         for file in (tmp_path / "artifacts").iterdir():
             file.unlink()
         assert [one.uri for one in (await session.list_resources()).resources] == [TAXONOMY, MODEL_CARD]
+
+
+async def test_files_are_listed_only_to_the_caller_whose_answers_they_belong_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listing = AnsweredFiles()
+
+    async def heard(caller: str, method: str, result: dict[str, Any]) -> dict[str, Any]:
+        async def answer(_: Any) -> dict[str, Any]:
+            return result
+
+        monkeypatch.setattr(mcp_resources, "current_caller", lambda: caller)
+        told = await listing(cast(Any, SimpleNamespace(method=method)), answer)
+        assert isinstance(told, dict)
+        return told
+
+    def file(name: str) -> dict[str, str]:
+        path = tmp_path / name
+        path.touch()
+        return {"name": name, "kind": "mask", "uri": f"rs-artifact://{name}", "path": str(path), "mime_type": "x/y"}
+
+    await heard("alice", "tools/call", {"structuredContent": {"artifacts": [file("a.tif")]}})
+    await heard("bob", "tools/call", {"structuredContent": {"artifacts": [file("b.tif")]}})
+    await heard("bob", "tools/call", {"content": [], "isError": True})
+    for caller, own in (("alice", ["a.tif"]), ("bob", ["b.tif"]), ("carol", [])):
+        told = await heard(caller, "resources/list", {"resources": []})
+        assert [one["name"] for one in told["resources"]] == own
 
 
 async def test_the_classes_and_the_card_are_those_of_the_checkpoint_and_start_no_server(client: Client) -> None:
