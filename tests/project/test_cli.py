@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -135,6 +137,24 @@ def test_on_a_terminal_a_bar_says_which_image_is_looked_at_and_stdout_holds_the_
     assert process.wait() == 0
     assert len([json.loads(line) for line in lines]) == 4
     assert b"2/4" in drawn
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+def test_an_interrupted_question_gives_status_130_at_once_and_without_a_traceback() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        command = [sys.executable, "-m", "rs_tools.cli", "caption", str(SCENE), "--model-url", url]
+        environment = os.environ | {"NO_PROXY": "127.0.0.1"}
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        silent.settimeout(120)
+        asked, _ = silent.accept()  # it waits for an answer that does not come
+        process.send_signal(signal.SIGINT)
+        assert process.wait(120) == 130
+        asked.close()
+    assert process.stderr is not None
+    assert "Traceback" not in process.stderr.read()
 
 
 def test_the_demonstration_prints_commands_with_their_answers(own_state: Path) -> None:
