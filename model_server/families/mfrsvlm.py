@@ -29,6 +29,7 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
 STEPS: dict[Task, int] = {"caption": 256, "vqa": 64, "classify": 0, "ground": 256}
+TAGS: dict[Task, str] = {"caption": "{IT}", "vqa": "{VQA}", "classify": "{VQA}", "ground": "{VG}"}
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -61,17 +62,16 @@ class MFRSVLMDialect:
 
     name = "mfrsvlm"
     tasks: tuple[Task, ...] = ("caption", "vqa", "classify", "ground")
-    tags: dict[Task, str] = {"caption": "{IT}", "vqa": "{VQA}", "classify": "{VQA}", "ground": "{VG}"}  # noqa: RUF012
 
     def __init__(self, side: int) -> None:
         self._side = side
 
     def route(self, task: Task) -> tuple[str, str]:
-        return self.tags[task], "shared"
+        return TAGS[task], "shared"
 
     def ask(self, query: Query) -> list[Ask]:
         options = query.labels if query.task == "classify" else ()
-        message = f"{self.tags[query.task]} {_words(query)}"
+        message = f"{TAGS[query.task]} {_words(query)}"
         return [Ask((query.image,), message, STEPS[query.task], options=options)]
 
     def read(self, query: Query, said: Sequence[Said]) -> TileAnswer:
