@@ -144,7 +144,13 @@ async def ask(engine: Engine, callers: int, requests: int, asked: Sequence[Perce
 @contextlib.asynccontextmanager
 async def serving(bench: Bench) -> AsyncIterator[Engine]:
     bench.perceiver.free_memory()
-    engine = Engine(lambda: bench.perceiver)
+    threads = torch.get_num_threads()
+
+    def load() -> Perceiver:
+        torch.set_num_threads(threads)  # a thread's own setting: this is the one that works
+        return bench.perceiver
+
+    engine = Engine(load)
     await engine.start()
     yield engine
     await engine.close()

@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the server does, before torch is loaded
@@ -246,16 +246,16 @@ def main() -> None:
         report, counted = asyncio.run(soak(load(options.weights, Path(folder) / "debug"), options.requests))
     share = {name: f"{count} ({count / report.requests:.0%})" for name, count in sorted(report.outcomes.items())}
     print(f"{report.requests} requests in {report.seconds:.0f} s: {share}")
-    print(f"memory {report.memory_mib[0]:.0f} MiB at first, {report.memory_mib[-1]:.0f} at last, "
+    print(f"resident memory {report.memory_mib[0]:.0f} MiB at first, {report.memory_mib[-1]:.0f} at last, "
           f"last quarter against the second {report.growth_mib:+.1f} MiB")  # fmt: skip
+    if report.growth_mib > options.growth:
+        report.wrong.append(f"memory grew by {report.growth_mib:.0f} MiB")
+    print(f"{len(report.wrong)} things went wrong", *report.wrong[:20], sep="\n  ")
     if options.plot:
         plot(report, options.plot)
     if options.out:
-        options.out.write_text(json.dumps({"report": asdict(report), "engine": counted}, indent=1) + "\n")
-    if report.growth_mib > options.growth:
-        report.wrong.append(f"memory grew by {report.growth_mib:.0f} MiB")
-    for wrong in report.wrong[:20]:
-        print("WRONG:", wrong)
+        written = {**vars(report), "growth_mib": report.growth_mib}
+        options.out.write_text(json.dumps({"report": written, "engine": counted}, indent=1) + "\n")
     raise SystemExit(bool(report.wrong))
 
 

@@ -96,6 +96,7 @@ class Engine:
         self._owner: Device | None = None
         self._scheduler = Scheduler()
         self._shares = Shares()
+        self._jobs: set[_Job] = set()  # whose callers wait
         self._room: Room = {}
         self._taking: list[tuple[_Job, int]] = []  # the pass under way
         self._writing: dict[Priority, dict[Hashable, tuple[_Job, int]]] = {priority: {} for priority in PRIORITIES}
@@ -117,6 +118,7 @@ class Engine:
         if owner.model.plan is not None:
             logger.info("memory %s", owner.model.plan)
         self._dispatcher = asyncio.create_task(self._dispatch(owner))
+        self._dispatcher.add_done_callback(self._dispatch_ended)
 
     async def close(self) -> None:
         """Refuse new requests, answer the waiting ones, release the worker thread."""
@@ -195,6 +197,7 @@ class Engine:
         )  # fmt: skip
         perceiver = self._admit(job)
         deadline_s = request.deadline_s if deadline_s is None else deadline_s
+        self._jobs.add(job)
         self._scheduler.add(job)
         self._arrived.set()
         self.stats.accept(request.task)
@@ -262,6 +265,7 @@ class Engine:
 
     def _leave(self, job: _Job) -> None:
         """Nobody waits for what is left of a job that was cancelled, failed or ran out of time."""
+        self._jobs.discard(job)
         self._scheduler.remove(job)
         written = self._writing[job.priority]
         unwanted = [name for name, (of, _) in written.items() if of is job]
@@ -297,6 +301,16 @@ class Engine:
                 stepped = await run(self._device, device.step, priority)
                 self._end(stepped, priority)
             self._spend(priority, time.perf_counter() - started)
+
+    def _dispatch_ended(self, dispatcher: asyncio.Task[None]) -> None:
+        """Nothing may end it but `close`; where a fault of ours does, nobody is left waiting."""
+        if dispatcher.cancelled() or dispatcher.exception() is None:
+            return
+        logger.critical("the engine has failed and takes nothing more", exc_info=dispatcher.exception())
+        self._closing = True
+        for job in self._jobs:
+            if not job.done.done():
+                job.done.set_exception(EngineClosing("the engine has failed; start the model server again"))
 
     def _next(self, priority: Priority) -> Literal["take", "step"] | None:
         """What is to be done at a priority; passes and steps alternate where there is work for both."""

@@ -280,6 +280,23 @@ async def test_a_tile_that_does_not_fit_in_memory_alone_is_refused_with_that_rea
     assert captions(await engine.perceive(CAPTION, [tile(4)])) == ["colour 4"]
 
 
+async def test_a_fault_of_the_engine_itself_leaves_nobody_waiting(
+    loader: Callable[[], Perceiver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(loader)
+    await engine.start()
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a fault of ours")
+
+    monkeypatch.setattr(engine, "_begin", fail)
+    with pytest.raises(EngineClosing, match="the engine has failed"):
+        await engine.perceive(CAPTION, [tile(1)])
+    assert not engine.ready
+    with pytest.raises(ZeroDivisionError):
+        await engine.close()
+
+
 async def test_what_happened_is_counted(engine: Engine) -> None:
     await engine.perceive(CAPTION, [tile(1), tile(2)])
     await engine.perceive(PerceiveRequest(task="classify", labels=["a"]), [tile(3)], priority="bulk")
