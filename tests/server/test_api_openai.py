@@ -64,7 +64,7 @@ async def test_a_failure_of_the_model_is_not_asked_for_again(
 ) -> None:
     with pytest.raises(openai.InternalServerError, match="unlucky tile"):
         await ask(client.with_options(max_retries=2), None, GUILTY)
-    assert perceiver.batches == [[GUILTY], [GUILTY]]  # the second is the engine's, which tries each tile alone
+    assert perceiver.batches == [[GUILTY]]
 
 
 async def test_a_deadline_in_the_metadata_ends_the_call(
