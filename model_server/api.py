@@ -285,7 +285,7 @@ def create_app(
         Route("/health", api.health),
         Route("/ready", api.ready),
         Route("/v1/models", api.models),
-        Route("/v1/models/{model}", api.model),
+        Route("/v1/models/{model:path}", api.model),
         Route("/v1/perceive", api.perceive, methods=["POST"]),
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
         Route("/v1/embeddings", api.embeddings, methods=["POST"]),
