@@ -28,10 +28,11 @@ import os
 import platform
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the server does, before torch is loaded
 
@@ -315,7 +316,7 @@ def step_costs(steps: int = 12) -> dict[str, float]:
     return costs
 
 
-TABLES: dict[str, Callable[[Bench], Awaitable[None]]] = {
+TABLES: dict[str, Callable[[Bench], Coroutine[Any, Any, None]]] = {
     "callers": measure_callers, "bulk": measure_bulk, "mixed": measure_mixed, "tools": measure_tools,
     "parts": measure_parts,
 }  # fmt: skip
