@@ -211,9 +211,9 @@ def detections(plan: TilePlan, index: int, boxes: np.ndarray) -> Detections:
 
 def with_sahi(path: Path, side: int, overlap: int) -> dict[str, Any]:
     """The same with sahi: its slices of the file, its predictions, its greedy merging."""
-    from sahi.postprocess.combine import GreedyNMMPostprocess  # type: ignore[import-not-found]
-    from sahi.prediction import ObjectPrediction  # type: ignore[import-not-found]
-    from sahi.slicing import slice_image  # type: ignore[import-not-found]
+    from sahi.postprocess.combine import GreedyNMMPostprocess  # pyright: ignore[reportMissingImports]  # installed by those who compare
+    from sahi.prediction import ObjectPrediction  # pyright: ignore[reportMissingImports]  # installed by those who compare
+    from sahi.slicing import slice_image  # pyright: ignore[reportMissingImports]  # installed by those who compare
 
     clock, model = Clock(), KnowingModel(side)
     wall, cpu = time.perf_counter(), time.process_time()

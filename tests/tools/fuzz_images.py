@@ -32,8 +32,7 @@ import numpy as np
 import rasterio
 from PIL import Image
 from rasterio.control import GroundControlPoint
-from rasterio.rpc import RPC
-from rasters import UTM, ScriptedClient, noise, write
+from rasters import UTM, ScriptedClient, noise, rational, write
 
 from rs_tools.errors import PerceptionError
 from rs_tools.imagery.access import AccessPolicy
@@ -51,8 +50,6 @@ INTERESTING = (0, 1, 2, 3, 7, 16, 127, 255, 256, 32767, 65535, 65536, 2**24, 2**
 
 def seeds(folder: Path) -> list[Path]:
     """Small sound images of many kinds."""
-    below, above = [1.0] + [0.0] * 19, [0.1] * 20
-    rpc = RPC(0, 100, 50, 1, below, above, 24, 24, 10, 1, below, above, 32, 32)  # type: ignore[reportCallIssue]
     points = [GroundControlPoint(row=r, col=c, x=10 + c, y=50 - r) for r in (0, 40) for c in (0, 60)]
     place = {"crs": "EPSG:32633", "transform": UTM}
     tiled = {"tiled": True, "blockxsize": 32, "blockysize": 16}
@@ -71,7 +68,7 @@ def seeds(folder: Path) -> list[Path]:
         write(folder / "palette.tif", rgb[:1] % 4, colormap={i: (i, 2 * i, 3 * i, 255) for i in range(4)}, **place),
         write(folder / "complex.tif", (decimal + 1j).astype("complex64")),
         write(folder / "points.tif", rgb, gcps=points, crs="EPSG:4326"),
-        write(folder / "rational.tif", rgb, rpcs=rpc),
+        write(folder / "rational.tif", rgb, rpcs=rational()),
         write(folder / "described.tif", wide[:3], descriptions=["red", "green", "blue"], compress="lzma"),
         write(folder / "cog.tif", noise(3, 700, 600), driver="COG", compress="deflate", blocksize=128, **place),
         write(folder / "grey.png", rgb[:1], driver="PNG"),

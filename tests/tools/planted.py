@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import shapely
 from rasterio.features import shapes
-from rasters import ScriptedClient, scripted_answer
+from rasters import UTM, ScriptedClient, scripted_answer
 
 from model_server.protocol import (
     PerceiveRequest,
@@ -15,7 +18,10 @@ from model_server.protocol import (
     TileMasks,
     TileObjects,
 )
+from rs_tools.imagery.access import AccessPolicy
+from rs_tools.tools import Tools
 
+PLACED: dict[str, Any] = {"photometric": "RGB", "crs": "EPSG:32633", "transform": UTM}  # 10 m pixels
 RED, BLUE, BROWN, GREEN = (255, 0, 0), (0, 0, 255), (120, 80, 40), (30, 140, 30)
 COLORS = {"water": BLUE, "soil": BROWN, "ship": RED}
 SURE, UNSURE = 230, 20  # of 255
@@ -70,6 +76,11 @@ class PlantedModel(ScriptedClient):
             scale=1,
             probabilities=np.where(np.stack(planes), SURE, UNSURE).astype(np.uint8),
         )
+
+
+def over(folder: Path, model: ScriptedClient, deadline_s: float = 900) -> Tools:
+    """Tools over `images` in a folder, with `artifacts` beside it."""
+    return Tools(AccessPolicy([folder / "images"]), model, deadline_s, folder / "artifacts")
 
 
 def _change(before: np.ndarray, after: np.ndarray) -> TileChange:

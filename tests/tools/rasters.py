@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import rasterio
 from rasterio.enums import ColorInterp
+from rasterio.rpc import RPC
 from rasterio.transform import Affine
 
 from model_server.protocol import (
@@ -80,6 +81,17 @@ def opened(path: Path, bands: tuple[int, ...] = ()) -> Scene:
 
 def whole(scene: Scene, out_size: tuple[int, int] | None = None) -> Pixels:
     return scene.read(scene.region([]), out_size or (scene.width, scene.height))
+
+
+def rational() -> RPC:
+    """Rational polynomial coefficients of no place in particular."""
+    below, above = [1.0] + [0.0] * 19, [0.1] * 20
+    values: dict[str, Any] = {  # a dictionary, as rasterio's class hides its parameters from type checkers
+        "height_off": 0, "height_scale": 100, "lat_off": 50, "lat_scale": 1, "long_off": 10, "long_scale": 1,
+        "line_off": 24, "line_scale": 24, "line_num_coeff": above, "line_den_coeff": below,
+        "samp_off": 32, "samp_scale": 32, "samp_num_coeff": above, "samp_den_coeff": below,
+    }  # fmt: skip
+    return RPC(**values)
 
 
 def features(artifact: Artifact) -> list[dict[str, Any]]:

@@ -9,25 +9,18 @@ import numpy as np
 import pytest
 import rasterio
 from affine import Affine
-from planted import BLUE, BROWN, PlantedModel, painted
+from planted import BLUE, BROWN, PLACED, PlantedModel, over, painted
 from rasterio.transform import array_bounds
 from rasterio.warp import calculate_default_transform, reproject, transform
 from rasters import UTM, features, noise, write
 
 from rs_tools.changing import MAX_REGIONS
 from rs_tools.errors import PairError, RegionError
-from rs_tools.imagery.access import AccessPolicy
 from rs_tools.results import DetectChangeResult
 from rs_tools.tools import Tools
 
-PLACED: dict[str, Any] = {"photometric": "RGB", "crs": "EPSG:32633", "transform": UTM}
 HEIGHT, WIDTH = 400, 600
 LAKE, SOIL = (100, 60, 220, 160), (400, 300, 440, 330)
-
-
-@pytest.fixture
-def model() -> PlantedModel:
-    return PlantedModel()
 
 
 @pytest.fixture
@@ -37,7 +30,7 @@ def tools(tmp_path: Path, model: PlantedModel) -> Tools:
     images.mkdir()
     write(images / "before.tif", painted(HEIGHT, WIDTH), **PLACED)
     write(images / "after.tif", painted(HEIGHT, WIDTH, (LAKE, BLUE), (SOIL, BROWN)), **PLACED)
-    return Tools(AccessPolicy([images]), model, artifacts=tmp_path / "artifacts")
+    return over(tmp_path, model)
 
 
 def values(result: DetectChangeResult) -> np.ndarray:

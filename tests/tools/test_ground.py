@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from affine import Affine
-from planted import BOX_THRESHOLD, NOT_KNOWN, RED, PlantedModel, painted
+from planted import BOX_THRESHOLD, NOT_KNOWN, PLACED, RED, PlantedModel, over, painted
 from rasterio.warp import transform
 from rasters import UTM, ScriptedClient, size, write
 
 from model_server.protocol import PerceiveRequest, PerceiveResponse
 from rs_tools.artifacts import PIXEL_SPACE
 from rs_tools.errors import InputError, ServerError
-from rs_tools.imagery.access import AccessPolicy
 from rs_tools.results import GroundResult
 from rs_tools.summary import headline
 from rs_tools.tools import MAX_OBJECTS, Tools
@@ -24,12 +23,6 @@ from rs_tools.tools import MAX_OBJECTS, Tools
 # Away from seams, on one, on a corner of four tiles, at the scene's rim, and two that nearly touch.
 SHIPS = [(30, 40, 70, 52), (400, 700, 520, 730), (428, 430, 470, 460), (0, 900, 25, 940), (900, 100, 930, 112)]
 SHIPS += [(900, 115, 930, 127), (1470, 1170, 1500, 1200)]
-PLACED: dict[str, Any] = {"photometric": "RGB", "crs": "EPSG:32633", "transform": UTM}
-
-
-@pytest.fixture
-def model() -> PlantedModel:
-    return PlantedModel()
 
 
 @pytest.fixture
@@ -38,10 +31,6 @@ def tools(tmp_path: Path, model: PlantedModel) -> Tools:
     (tmp_path / "images").mkdir()
     write(tmp_path / "images" / "sea.tif", painted(1200, 1500, *((box, RED) for box in SHIPS)), **PLACED)
     return over(tmp_path, model)
-
-
-def over(folder: Path, model: ScriptedClient) -> Tools:
-    return Tools(AccessPolicy([folder / "images"]), model, artifacts=folder / "artifacts")
 
 
 def collection(result: GroundResult) -> dict[str, Any]:

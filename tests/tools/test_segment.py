@@ -8,20 +8,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import rasterio
-from planted import BLUE, BROWN, COLORS, NOT_KNOWN, PlantedModel, painted
+from planted import BLUE, BROWN, COLORS, NOT_KNOWN, PLACED, PlantedModel, over, painted
 from pyproj import Geod
 from rasterio.features import rasterize
 from rasterio.warp import transform_geom
-from rasters import REPOSITORY, UTM, ScriptedClient, features, size, write
+from rasters import REPOSITORY, UTM, features, size, write
 
 from model_server.protocol import PerceiveRequest, PerceiveResponse
 from rs_tools.errors import DeadlinePassed, InputError, ServerBusy, ServerError
-from rs_tools.imagery.access import AccessPolicy
 from rs_tools.looking import Progress
 from rs_tools.results import SegmentResult
 from rs_tools.summary import headline
@@ -29,12 +27,6 @@ from rs_tools.tools import Tools
 
 HEIGHT, WIDTH = 1100, 1300
 LAKES = [((200, 300, 900, 800), BLUE), ((1290, 0, 1300, 1100), BLUE), ((500, 500, 560, 540), BROWN)]
-PLACED: dict[str, Any] = {"photometric": "RGB", "crs": "EPSG:32633", "transform": UTM}
-
-
-@pytest.fixture
-def model() -> PlantedModel:
-    return PlantedModel()
 
 
 @pytest.fixture
@@ -43,10 +35,6 @@ def tools(tmp_path: Path, model: PlantedModel) -> Tools:
     (tmp_path / "images").mkdir()
     write(tmp_path / "images" / "lake.tif", painted(HEIGHT, WIDTH, *LAKES), **PLACED)
     return over(tmp_path, model)
-
-
-def over(folder: Path, model: ScriptedClient, deadline_s: float = 900) -> Tools:
-    return Tools(AccessPolicy([folder / "images"]), model, deadline_s, folder / "artifacts")
 
 
 def truth() -> np.ndarray:
@@ -187,6 +175,24 @@ async def test_how_much_ground_is_measured_on_a_mask_with_it_as_evidence(tools: 
     assert answer.confidence == pytest.approx(230 / 255, abs=1e-3)
     assert [one.kind for one in answer.artifacts] == ["mask", "vectors"]
     assert answer.evidence[0].artifact == answer.artifacts[0].uri
+
+
+async def test_areas_beyond_what_a_file_of_outlines_holds_and_areas_in_parts_are_told(
+    tools: Tools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rs_tools.painting.MAX_POINTS", 12)
+    found = await tools.segment("lake.tif", ["water", "soil"])
+    assert "The vectors file holds the 1 largest areas; the mask holds all." in found.warnings
+    assert [one["properties"]["pixels"] for one in features(found.artifacts[1])] == [347_600]
+    monkeypatch.undo()
+    monkeypatch.setattr("rs_tools.geometry.vectors._MOST_POINTS", 8)
+    monkeypatch.setattr("rs_tools.geometry.vectors._STRIP_ROWS", 100)
+    found = await tools.segment("lake.tif", ["water", "soil"])
+    assert any("is told as two, one above the other" in warning for warning in found.warnings)
+    lake = [one["properties"]["pixels"] for one in features(found.artifacts[1])]
+    assert len(lake) > 3
+    assert sum(lake) == (truth() > 0).sum()
+    np.testing.assert_array_equal(values(found), truth())
 
 
 # --- how it is made

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import shapely
@@ -67,6 +69,44 @@ def test_a_ring_of_pixels_keeps_its_hole() -> None:
     assert shape.polygon.bounds == (104, 204, 116, 216)
     [hole] = simplified(shape.polygon).interiors
     assert shapely.Polygon(hole).area == pytest.approx(16)
+
+
+def test_an_area_of_very_many_points_is_given_in_parts_that_cover_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = np.zeros((200, 60), np.uint8)
+    mask[:, ::2] = 1
+    mask[::50] = 1  # a comb without end, and a square beside it
+    mask[60:90, 5:35] = 0
+    mask[65:85, 10:30] = 2
+    assert [shape.value for shape in outlined(mask, rows=20)].count(1) == 1
+    monkeypatch.setattr(vectors, "_MOST_POINTS", 500)
+    monkeypatch.setattr(vectors, "_STRIP_ROWS", 20)
+    outliner = MaskOutliner(60)
+    found = [shape for top in range(0, 200, 20) for shape in outliner.add(mask[top : top + 20])]
+    found += outliner.finish()
+    assert outliner.cuts > 1
+    assert [shape.pixels for shape in found if shape.value == 2] == [400]
+    drawn = np.zeros(mask.shape, np.uint8)
+    rasterize([(shape.polygon, shape.value) for shape in found], out=drawn)
+    np.testing.assert_array_equal(drawn, mask)
+    assert sum(shape.pixels for shape in found) == (mask > 0).sum()
+
+
+def test_memory_does_not_follow_the_width_of_a_mask() -> None:
+    """A strip of 1,024 rows of this mask takes over 300 MB with the scores and numbers of its pixels."""
+    width = 20_000
+    outliner = MaskOutliner(width)
+    band, scores = np.zeros((32, width), np.uint8), np.full((32, width), 0.5, np.float32)
+    band[:, 100:9000], band[8:24, 9500:19_000] = 1, 2
+    tracemalloc.start()
+    try:
+        found = [shape for _ in range(48) for shape in outliner.add(band, scores)]
+        found += outliner.finish()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sorted(shape.pixels for shape in found) == [152_000] * 48 + [8900 * 32 * 48]
+    assert {shape.score for shape in found} == {0.5}
+    assert peak < 80 * 2**20
 
 
 def test_specks_are_left_out_and_counted() -> None:

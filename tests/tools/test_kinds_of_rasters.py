@@ -1,0 +1,167 @@
+"""Rasters as practitioners have them: number formats, layouts, palettes, alpha, radar, photos."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+from PIL import Image
+from rasters import noise, opened, whole, write
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 10, 13, 40])
+@pytest.mark.parametrize(
+    "dtype", "uint8 uint16 int16 uint32 int32 float32 float64 int8 int64 uint64 complex64 complex_int16".split()
+)
+def test_every_number_format_and_count_of_bands_is_read(tmp_path: Path, dtype: str, count: int) -> None:
+    numpy_type = "complex64" if dtype == "complex_int16" else dtype
+    values = noise(count, 20, 30, low=1, high=90).astype(numpy_type)
+    scene = opened(write(tmp_path / "a.tif", values, dtype=dtype, photometric="MINISBLACK"))
+    pixels = whole(scene)
+    assert pixels.valid.all()
+    assert (pixels.rgb.min(), pixels.rgb.max()) == (0, 255)
+    assert len(scene.bands) == count
+    assert scene.bands[0].dtype == dtype
+    assert whole(scene, (3, 2)).rgb.std() < pixels.rgb.std() / 2  # averaged, not picked
+
+
+@pytest.mark.parametrize("interleave", ["pixel", "band"])
+@pytest.mark.parametrize(
+    "layout",
+    [{"tiled": True, "blockxsize": 32, "blockysize": 16}, {"blockysize": 1}, {"blockysize": 50}],
+    ids=["tiles", "lines", "one strip"],
+)
+@pytest.mark.parametrize("compress", ["none", "deflate", "lzw", "zstd", "packbits", "lerc_zstd"])
+def test_every_layout_of_a_file_reads_alike(tmp_path: Path, interleave: str, layout: dict, compress: str) -> None:
+    values = noise(4, 50, 70, "uint16", high=4000)
+    scene = opened(
+        write(tmp_path / "a.tif", values, photometric="RGB", interleave=interleave, compress=compress, **layout)
+    )
+    plain = opened(write(tmp_path / "b.tif", values, photometric="RGB"))
+    for window, size in [((0, 0, 70, 50), (70, 50)), ((3, 5, 61, 44), (29, 13))]:
+        np.testing.assert_array_equal(scene.read(window, size).rgb, plain.read(window, size).rgb)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 300), (300, 1), (5000, 2)])
+def test_images_of_extreme_shape_are_read(tmp_path: Path, width: int, height: int) -> None:
+    pixels = whole(opened(write(tmp_path / "a.tif", noise(3, height, width))), (min(width, 64), min(height, 64)))
+    assert pixels.valid.all()
+
+
+def test_overviews_are_read_in_place_of_the_full_resolution(tmp_path: Path) -> None:
+    """The overview says 200 where the image says 100, so the answer shows which was read."""
+    path = write(tmp_path / "a.tif", np.full((3, 1024, 1024), 100, "uint8"), photometric="RGB", tiled=True)
+    with rasterio.open(path, "r+") as file:
+        file.build_overviews([4])
+    with rasterio.open(path, "r+", OVERVIEW_LEVEL=0) as file:
+        file.write(np.full((3, 256, 256), 200, "uint8"))
+    scene = opened(path)
+    assert set(whole(scene, (256, 256)).rgb.ravel().tolist()) == {200}
+    assert set(whole(scene, (100, 100)).rgb.ravel().tolist()) == {200}
+    assert set(whole(scene, (512, 512)).rgb.ravel().tolist()) == {100}
+
+
+def test_a_palette_of_sixteen_bits_and_one_with_nodata_are_looked_up(tmp_path: Path) -> None:
+    values = np.array([[[0, 300], [299, 7]]], "uint16")
+    path = write(tmp_path / "a.tif", values, nodata=7, colormap={0: (1, 2, 3, 255), 300: (9, 8, 7, 255)})
+    pixels = whole(opened(path))
+    assert pixels.rgb[0].tolist() == [[1, 2, 3], [9, 8, 7]]
+    assert pixels.valid.tolist() == [[True, True], [True, False]]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@pytest.mark.parametrize("color", ["grey", "rgb"])
+def test_alpha_is_obeyed_in_png_and_in_sixteen_bits(tmp_path: Path, dtype: str, color: str) -> None:
+    values = noise(2 if color == "grey" else 4, 8, 8, dtype, low=100)
+    values[-1] = np.iinfo(dtype).max
+    values[-1, :, :3] = 0
+    for name, driver in [("a.png", "PNG"), ("a.tif", "GTiff")]:
+        photometric: dict[str, Any] = {"photometric": "MINISBLACK" if color == "grey" else "RGB", "alpha": "yes"}
+        path = write(tmp_path / name, values, driver=driver, **(photometric if driver == "GTiff" else {}))
+        assert whole(opened(path)).valid.sum(axis=1).tolist() == [5] * 8
+
+
+def test_nodata_of_single_bands_is_obeyed_band_by_band(tmp_path: Path) -> None:
+    values = noise(3, 8, 8, low=50)
+    values[:, 0, 0] = 7, 8, 9  # each its own nodata
+    values[:, 1, 1] = 7, 7, 7  # nodata in the first band alone
+    path = write(tmp_path / "a.tif", values, photometric="RGB")
+    bands = "".join(
+        f'<PAMRasterBand band="{band}"><NoDataValue>{6 + band}</NoDataValue></PAMRasterBand>' for band in (1, 2, 3)
+    )
+    (tmp_path / "a.tif.aux.xml").write_text(f"<PAMDataset>{bands}</PAMDataset>")
+    scene = opened(path)
+    assert scene.nodata == 7
+    valid = whole(scene).valid
+    assert not valid[0, 0]
+    assert valid.sum() == 63
+
+
+@pytest.mark.parametrize("missing", [NAN, float("inf"), -float("inf"), -3.4028234663852886e38, 1e38])
+def test_the_largest_decimals_are_missing_pixels_also_where_the_file_does_not_say_so(
+    tmp_path: Path, missing: float
+) -> None:
+    values = np.random.default_rng(0).uniform(0.1, 0.4, (1, 32, 32)).astype("float32")
+    values[:, :20] = missing
+    scene = opened(write(tmp_path / "a.tif", values))
+    pixels = whole(scene)
+    assert pixels.valid.sum(axis=1).tolist() == [0] * 20 + [32] * 12
+    [(low, high)] = scene.stretch.limits
+    assert 0.1 <= low < high <= 0.4
+
+
+@pytest.mark.parametrize("looks", ["amplitude", "intensity", "decibel"])
+@pytest.mark.parametrize("dtype", ["float32", "uint16"])
+def test_radar_looks_the_same_whichever_way_it_is_stored(tmp_path: Path, looks: str, dtype: str) -> None:
+    """Speckle of four looks, without bright targets, recognised by its band's name."""
+    intensity = np.random.default_rng(0).gamma(4, 0.05, (1, 96, 96))
+    values = {"amplitude": np.sqrt(intensity), "intensity": intensity, "decibel": 10 * np.log10(intensity)}[looks]
+    if dtype == "uint16":
+        if looks == "decibel":
+            pytest.skip("decibels are negative")
+        values = values * 4000
+    scene = opened(write(tmp_path / "a.tif", values.astype(dtype), descriptions=["VV"]))
+    assert (scene.modality, scene.stretch.kind) == ("sar", "linear" if looks == "decibel" else "decibel")
+    decibels = 10 * np.log10(intensity[0])
+    low, high = np.percentile(decibels, (2, 98))
+    expected = np.clip((decibels - low) * (255 / (high - low)), 0, 255)
+    assert np.abs(whole(scene).rgb[..., 0] - expected).mean() < 1
+
+
+def test_two_polarisations_shown_as_colours_go_through_decibels_each(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).gamma(4, 0.05, (2, 64, 64)).astype("float32")
+    values[1] /= 100
+    scene = opened(write(tmp_path / "a.tif", values, descriptions=["VV", "VH"]), bands=(1, 2, 1))
+    assert scene.stretch.kind == "decibel"
+    assert np.abs(whole(scene).rgb[..., 0].mean() - whole(scene).rgb[..., 1].mean()) < 15
+
+
+def test_eight_bit_radar_stays_as_somebody_stretched_it(tmp_path: Path) -> None:
+    values = noise(1, 64, 64, low=0, high=255)
+    scene = opened(write(tmp_path / "s1a_vv.tif", values))
+    assert (scene.modality, scene.stretch.kind) == ("sar", "none")
+
+
+def test_a_photo_that_asks_to_be_turned_is_read_as_stored_and_says_so(tmp_path: Path) -> None:
+    picture = Image.fromarray(noise(3, 20, 30).transpose(1, 2, 0))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    picture.save(tmp_path / "turned.jpg", exif=turned)
+    picture.save(tmp_path / "plain.jpg")
+    scene = opened(tmp_path / "turned.jpg")
+    assert (scene.width, scene.height) == (30, 20)
+    assert any("EXIF orientation 6" in warning for warning in scene.warnings)
+    assert not any("EXIF" in warning for warning in opened(tmp_path / "plain.jpg").warnings)
+
+
+def test_a_file_of_several_images_is_read_as_its_first_and_says_so(tmp_path: Path) -> None:
+    first, second = (Image.new("RGB", (30, 20), color) for color in ("red", "blue"))
+    first.save(tmp_path / "a.tif", save_all=True, append_images=[second])
+    scene = opened(tmp_path / "a.tif")
+    assert whole(scene).rgb[0, 0].tolist() == [255, 0, 0]
+    assert any("holds 2 images" in warning for warning in scene.warnings)
