@@ -162,6 +162,16 @@ async def test_one_address_may_have_so_many_calls_in_work(engine: Engine, percei
         assert (await one.post("/v1/perceive", content=body)).status_code == 200
 
 
+async def test_a_fault_of_ours_names_the_line_of_the_log(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "metrics", lambda: 1 / 0)
+    app = httpx.ASGITransport(create_app(engine, token="secret"), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=app, base_url="http://test") as http:
+        response = await http.get("/health", headers={"X-Request-ID": "mine-7"})
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "internal")
+    assert "mine-7" in response.json()["error"]["message"]
+    assert response.headers["X-Request-ID"] == "mine-7"
+
+
 async def test_a_request_id_is_taken_over_returned_and_logged(
     client: openai.AsyncOpenAI, caplog: pytest.LogCaptureFixture
 ) -> None:

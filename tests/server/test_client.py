@@ -341,3 +341,16 @@ async def test_more_bytes_than_a_request_may_have_are_refused_before_they_travel
 def test_the_client_does_not_import_torch() -> None:
     program = "import sys, rs_tools.client; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0
+
+
+async def test_too_many_calls_are_a_busy_server_too() -> None:
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 3\r\nContent-Length: 4\r\n\r\nwait")
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    async with server, ModelClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
+        with pytest.raises(ServerBusy, match="call again in 3 s"):
+            await client.health()
