@@ -192,8 +192,8 @@ class MaskOutliner:
 
 def _polygon(drawn: dict[str, Any]) -> shapely.Polygon:
     """A polygon as rasterio draws it."""
-    exterior, *holes = [shapely.linearrings(np.array(ring)) for ring in drawn["coordinates"]]
-    return shapely.polygons(exterior, holes or None)
+    exterior, *holes = [shapely.LinearRing(np.array(ring)) for ring in drawn["coordinates"]]
+    return shapely.Polygon(exterior, holes)
 
 
 def _points(polygon: shapely.Polygon) -> int:

@@ -55,7 +55,9 @@ def placed(dataset: DatasetReader, beside: Beside) -> Place:
     if dataset.crs is None:
         return _without_crs(transform, origin, refused, rational, beside)
     wkt = dataset.crs.to_wkt()
-    georeference = transform and Georeference.of(wkt, transform, dataset.width, dataset.height)
+    georeference = None
+    if transform is not None:
+        georeference = Georeference.of(wkt, transform, dataset.width, dataset.height)
     warnings = [*refused]
     if georeference is None:
         warnings.append("The coordinate reference system or transform gives no place on Earth: answers are in pixels.")

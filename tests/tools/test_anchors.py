@@ -6,6 +6,7 @@ import csv
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,14 +35,14 @@ def ground() -> np.ndarray:
 
 
 def scene(folder: Path, crs: str | None = "EPSG:32610") -> Path:
-    profile = {"crs": crs, "transform": SCENE} if crs else {}
+    profile: dict[str, Any] = {"crs": crs, "transform": SCENE} if crs else {}
     return write(folder / "scene.tif", np.full((3, 70, 90), 100, np.uint8), colors=["red", "green", "blue"], **profile)
 
 
-def layer(path: Path, values: np.ndarray, transform: Affine = DOWN, **profile: object) -> Path:
+def layer(path: Path, values: np.ndarray, transform: Affine = DOWN, **profile: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     profile = {"descriptions": NAMES, "nodata": -128, "crs": "EPSG:32610", **profile}
-    return write(path, values, transform=transform, **profile)  # type: ignore[reportArgumentType]
+    return write(path, values, transform=transform, **profile)
 
 
 def layers(folder: Path) -> EmbeddingLayers:

@@ -48,7 +48,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: Server  # type: ignore[reportIncompatibleVariableOverride] (only a Server makes handlers)
+    server: Server  # pyright: ignore[reportIncompatibleVariableOverride]  # only a Server makes handlers
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
