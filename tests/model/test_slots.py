@@ -1,0 +1,50 @@
+"""Sequences in static slots against the same ones prefilled and searched as one batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model_server.checkpoints.store import Checkpoint, load_checkpoint
+from model_server.model.generate import beam_search
+from model_server.model.seen import prefixes, see
+from model_server.model.slots import Lane, Prefix, prefill
+
+STEPS, BEAMS, POWER = 9, 3, 0.3
+
+
+@pytest.fixture(scope="module")
+def loaded(debug_weights: Path) -> Checkpoint:
+    return load_checkpoint(debug_weights)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("turned", [False, True])
+def test_sequences_that_join_one_by_one_are_written_as_a_batch_of_them_is(loaded: Checkpoint, turned: bool) -> None:
+    model, end, task = loaded.model, loaded.tokenizer.end, loaded.tokenizer.tasks["[CAP]"]
+    views, n = model.config.views if turned else 1, 4
+    images = torch.randint(0, 256, (n, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    banned = torch.zeros(model.config.decoder.vocab_size, dtype=torch.bool)
+    rows = views * n
+    logits, state = model.prefill(
+        model.encode(images, turned), torch.full((rows,), task), None, torch.zeros(rows, dtype=torch.long), STEPS, views
+    )
+    batch = beam_search(
+        model, logits, state, beams=BEAMS, steps=STEPS, end=end, banned=banned, length_power=POWER
+    )  # fmt: skip
+
+    lane = Lane(model, sequences=3, views=views, prompt=model.visual_tokens + 1, beams=BEAMS, steps=STEPS, end=end,
+                banned=banned, length_power=POWER)  # fmt: skip
+    seen, said = see(model, images), {}
+    coming = list(range(n))
+    while coming or len(lane):
+        if coming and lane.free:
+            i = coming.pop(0)
+            prefix = Prefix.joined(prefixes(model, [seen[i]], views, 0))
+            said.update(lane.join([i], prefill(model, prefix, task, None)))
+        said.update(lane.step())
+    for i, expected in enumerate(batch):
+        assert [h.ids for h in said[i]] == [h.ids for h in expected]
+        assert [h.logprob for h in said[i]] == pytest.approx([h.logprob for h in expected], abs=1e-3)
