@@ -421,7 +421,7 @@ def test_the_mcp_server_takes_hosts_and_refuses_what_is_none(
 ) -> None:
     policies: list[AccessPolicy] = []
 
-    def build(policy: AccessPolicy, *args: object) -> object:
+    def build(policy: AccessPolicy, *args: object, **options: object) -> object:
         policies.append(policy)
         raise SystemExit(0)
 
