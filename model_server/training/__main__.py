@@ -13,6 +13,7 @@ from typing import Annotated
 import torch
 import typer
 
+from model_server.training import processes
 from model_server.training.answers import AnswersRun, AnswersTrainer
 from model_server.training.dense import DenseRun, DenseTrainer
 from model_server.training.export import calibrate, export
@@ -51,24 +52,26 @@ def train(
         torch.set_num_threads(threads)
     given = {k: v for k, v in {"steps": steps, "batch": batch}.items() if v is not None}
     shared = {"data": data, "run": run, "config": config, "seed": seed, "limit": limit, **given}
-    for name in stage or list(Stage):
-        typer.echo(f"stage {name}")
-        match name:
-            case Stage.VISION:
-                VisionTrainer(VisionRun(**shared)).fit()
-            case Stage.LANGUAGE:
-                LanguageTrainer(LanguageRun(**shared)).fit()
-            case Stage.POLISH:
-                Polisher(PolishRun(**shared)).fit()
-            case Stage.ANSWERS:
-                AnswersTrainer(AnswersRun(**shared)).fit()
-            case Stage.DENSE:
-                DenseTrainer(DenseRun(**shared)).fit()
-            case Stage.EXPORT:
-                export(LanguageTrainer(LanguageRun(**shared)), run / "weights")
-                typer.echo(calibrate(run / "weights", data, SETS, limit).to_json())
-                if (run / "dense.pt").exists():
-                    typer.echo(DenseTrainer(DenseRun(**shared)).export(run / "weights").to_json())
+    with processes.joined():
+        for name in stage or list(Stage):
+            typer.echo(f"stage {name}")
+            match name:
+                case Stage.VISION:
+                    VisionTrainer(VisionRun(**shared)).fit()
+                case Stage.LANGUAGE:
+                    LanguageTrainer(LanguageRun(**shared)).fit()
+                case Stage.POLISH:
+                    Polisher(PolishRun(**shared)).fit()
+                case Stage.ANSWERS:
+                    AnswersTrainer(AnswersRun(**shared)).fit()
+                case Stage.DENSE:
+                    DenseTrainer(DenseRun(**shared)).fit()
+                case Stage.EXPORT if processes.is_main():
+                    export(LanguageTrainer(LanguageRun(**shared)), run / "weights")
+                    typer.echo(calibrate(run / "weights", data, SETS, limit).to_json())
+                    if (run / "dense.pt").exists():
+                        typer.echo(DenseTrainer(DenseRun(**shared)).export(run / "weights").to_json())
+            processes.wait()  # the next stage reads what this one wrote
 
 
 if __name__ == "__main__":

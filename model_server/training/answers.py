@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from model_server.model.rsvlm import RSVLM, Features
 from model_server.text.questions import QA, presence_questions, rephrase, scene_question
+from model_server.training import processes
 from model_server.training.counted import compared
 from model_server.training.language import LanguageRun, LanguageTrainer, stored_questions
 from model_server.training.packing import IGNORE, Packed, pack, packed_hidden
@@ -82,7 +83,7 @@ class AnswersTrainer(LanguageTrainer):
 
     def step_loss(self, rows: np.ndarray, images: Tensor) -> Tensor:
         run, rng = self.answers, Random(f"answers-{self.run.seed}-{self.step}")
-        texts = [self.texts[i].sample(rng) for i in rows]
+        texts = [self.texts[i].sample(rng) for i in rows][processes.share(len(rows))]
         said = [[t for t in group if t.task == CAPTION] for group in texts]
         packed = pack(texts, self.tokenizer, self.questions, run.answer_weight)
         captions = pack(said, self.tokenizer, self.questions, run.answer_weight)
@@ -95,8 +96,10 @@ class AnswersTrainer(LanguageTrainer):
         answers = F.cross_entropy(
             logits[~is_caption], packed.target[packed.target != IGNORE][~is_caption], label_smoothing=run.smoothing
         )  # fmt: skip
-        kept = F.kl_div(logits[is_caption].log_softmax(-1), wanted, reduction="batchmean", log_target=True)
-        return answers + run.hold * kept
+        kept = F.kl_div(logits[is_caption].log_softmax(-1), wanted, reduction="sum", log_target=True)
+        tokens = torch.stack(((~is_caption).sum(), is_caption.sum()))
+        each = processes.mean(tokens)
+        return answers * (tokens[0] / each[0]) + run.hold * (kept / each[1])
 
 
 def _logits(model: RSVLM, features: Features, packed: Packed) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ from rich.progress import track
 from torch import Tensor
 
 from model_server.model.vision import square
+from model_server.training.processes import share
 from model_server.training.records import Record, load_image
 
 
@@ -37,23 +40,36 @@ def epoch_order(
     return [stream[i * batch : (i + 1) * batch] for i in range(steps)]
 
 
-def augmented(image: np.ndarray, side: int, rng: np.random.Generator, min_crop: float = 0.75) -> Tensor:
-    """A random view as uint8 [3, side, side]: crop, one of the eight turns of the square, photometric change."""
-    h, w = image.shape[:2]
-    share = rng.uniform(min_crop, 1.0)
-    ch, cw = (round(n * share * rng.uniform(0.94, 1.0)) for n in (h, w))
-    top, left = int(rng.integers(0, h - ch + 1)), int(rng.integers(0, w - cw + 1))
-    x = square(image[top : top + ch, left : left + cw], side)
-    turn = int(rng.integers(8))
-    x = torch.rot90(x, turn % 4, (1, 2))
-    if turn >= 4:
-        x = x.flip(2)
-    contrast, brightness = rng.uniform(0.8, 1.2, 2)
-    gain = rng.uniform(0.94, 1.06, 3) * brightness
-    offset = float(x[:, ::8, ::8].float().mean()) * (gain - contrast)
-    levels = np.arange(256)[None] * contrast + offset[:, None]  # a table of 256 levels a channel
-    table = torch.from_numpy(levels.clip(0, 255).astype(np.uint8))
-    return torch.stack([table[c][x[c].long()] for c in range(3)])
+@dataclass(frozen=True)
+class View:
+    """A random view: crop, one of the eight turns of the square, photometric change."""
+
+    crop: tuple[int, int, int, int]  # top, left, height, width in pixels of the image
+    turn: int
+    contrast: float
+    gain: np.ndarray  # of each channel
+
+    @classmethod
+    def draw(cls, height: int, width: int, rng: np.random.Generator, min_crop: float = 0.75) -> Self:
+        """For an image of this size; drawn apart from its pixels, so that a view not rendered costs nothing."""
+        part = rng.uniform(min_crop, 1.0)
+        ch, cw = (round(n * part * rng.uniform(0.94, 1.0)) for n in (height, width))
+        top, left = int(rng.integers(0, height - ch + 1)), int(rng.integers(0, width - cw + 1))
+        turn = int(rng.integers(8))
+        contrast, brightness = rng.uniform(0.8, 1.2, 2)
+        return cls((top, left, ch, cw), turn, contrast, rng.uniform(0.94, 1.06, 3) * brightness)
+
+    def of(self, image: np.ndarray, side: int) -> Tensor:
+        """uint8 [H, W, 3] -> uint8 [3, side, side]."""
+        top, left, height, width = self.crop
+        x = square(image[top : top + height, left : left + width], side)
+        x = torch.rot90(x, self.turn % 4, (1, 2))
+        if self.turn >= 4:
+            x = x.flip(2)
+        offset = float(x[:, ::8, ::8].float().mean()) * (self.gain - self.contrast)
+        levels = np.arange(256)[None] * self.contrast + offset[:, None]  # a table of 256 levels a channel
+        table = torch.from_numpy(levels.clip(0, 255).astype(np.uint8))
+        return torch.stack([table[c][x[c].long()] for c in range(3)])
 
 
 def batches(
@@ -61,9 +77,11 @@ def batches(
 ) -> Iterator[tuple[int, np.ndarray, Tensor]]:
     """Yield (step, indices, uint8 [B, 3, side, side]) for each index array of `order` from step `first`.
 
+    Indices are of the whole batch, views of this process's share of it (see processes.py).
     Each batch has a random generator of its own, so a run resumed at a later step sees the same views. Made in
     the calling thread: a second one costs more than it saves where every core already runs the network.
     """
     for step in range(first, len(order)):
         rng = np.random.default_rng((seed, step))
-        yield step, order[step], torch.stack([augmented(images[i], side, rng) for i in order[step]])
+        views = [(View.draw(*images[i].shape[:2], rng), images[i]) for i in order[step]]
+        yield step, order[step], torch.stack([view.of(image, side) for view, image in views[share(len(views))]])

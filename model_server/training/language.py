@@ -28,6 +28,7 @@ from model_server.model.rsvlm import RSVLM, Features
 from model_server.model.sentence import SentenceEncoder
 from model_server.model.vision import square
 from model_server.text.tokenizer import TextTokenizer
+from model_server.training import processes
 from model_server.training.images import batches, epoch_order, load_images, thinned
 from model_server.training.packing import IGNORE, EncodedQuestion, Packed, pack, packed_hidden
 from model_server.training.records import read_records
@@ -85,13 +86,14 @@ def stored_questions(
     path: Path, encoder: SentenceEncoder, tokenizer: Tokenizer, questions: list[str]
 ) -> dict[str, EncodedQuestion]:
     """As `encode_questions`, kept in a file for the next stage or a resumed one, which ask the same."""
-    if path.exists():
-        kept: dict[str, tuple[Tensor, Tensor]] = torch.load(path, weights_only=True)
-        if kept.keys() >= set(questions):
-            return {q: EncodedQuestion(*parts) for q, parts in kept.items()}
-    encoded = encode_questions(encoder, tokenizer, questions)
-    torch.save({q: (e.states.clone(), e.vector.clone()) for q, e in encoded.items()}, path)
-    return encoded
+    with processes.main_first():
+        if path.exists():
+            kept: dict[str, tuple[Tensor, Tensor]] = torch.load(path, weights_only=True)
+            if kept.keys() >= set(questions):
+                return {q: EncodedQuestion(*parts) for q, parts in kept.items()}
+        encoded = encode_questions(encoder, tokenizer, questions)
+        torch.save({q: (e.states.clone(), e.vector.clone()) for q, e in encoded.items()}, path)
+        return encoded
 
 
 class LanguageTrainer:
@@ -177,12 +179,13 @@ class LanguageTrainer:
             logits, packed.target[places], reduction="none", label_smoothing=self.run.smoothing
         )  # [places]
         weight = packed.weight[places]
-        return (each * weight).sum() / weight.sum()
+        return (each * weight).sum() / processes.mean(weight.sum())
 
     def step_loss(self, rows: np.ndarray, images: Tensor) -> Tensor:
-        """Loss of one batch: uint8 images [B, 3, S, S] and the rows of their records."""
+        """Loss of one batch: the rows of its records, and uint8 images [B, 3, S, S] of this process's share."""
         run, rng = self.run, Random(f"{self.run.seed}-{self.step}")
-        packed = pack([self.texts[i].sample(rng) for i in rows], self.tokenizer, self.questions, run.answer_weight)
+        texts = [self.texts[i].sample(rng) for i in rows][processes.share(len(rows))]
+        packed = pack(texts, self.tokenizer, self.questions, run.answer_weight)
         maps, pooled = self.maps(images)
         with torch.autocast("cpu", torch.bfloat16, enabled=run.bf16):
             return self.loss(self.model.fuse(maps, pooled), packed)
@@ -196,11 +199,13 @@ class LanguageTrainer:
         loss = self.step_loss(rows, images)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_([p for _, p in self._trainable()], 1.0)
+        trainable = [p for _, p in self._trainable()]
+        processes.average_gradients(trainable)
+        nn.utils.clip_grad_norm_(trainable, 1.0)
         self.optimiser.step()
         self.step += 1
         self.average_weights()
-        return float(loss.detach())
+        return float(processes.mean(loss.detach()))
 
     @torch.no_grad()
     def average_weights(self) -> None:
@@ -242,8 +247,9 @@ class LanguageTrainer:
         images, val_images = load_images(self.train, "train images"), load_images(self.val, "val images")
         self.prepare(images)
         order = epoch_order(self.train, self.repeat, run.steps, run.batch, run.seed)
+        processes.draw_apart()  # dropout
         start, first, losses = time.monotonic(), self.step, list[float]()
-        with (run.run / f"{self.stage}.jsonl").open("a", encoding="utf-8") as log:
+        with processes.log(run.run / f"{self.stage}.jsonl") as log:
             for step, rows, x in batches(images, order, self.config.image_size, run.seed + 1, self.step):
                 losses.append(self.train_step(rows, x))
                 if (step + 1) % 20 == 0:
@@ -251,7 +257,7 @@ class LanguageTrainer:
                     line = {"step": step + 1, "images_s": round(rate, 1), "loss": round(sum(losses) / len(losses), 4)}
                     print(json.dumps(line), file=log, flush=True)
                     losses.clear()
-                if (step + 1) % run.every == 0 or step + 1 == run.steps:
+                if processes.is_main() and ((step + 1) % run.every == 0 or step + 1 == run.steps):
                     self.save()
                     figures = {k: round(v, 4) for k, v in self.validate(val_images).items()}
                     print(json.dumps({"step": step + 1, "val": figures}), file=log, flush=True)

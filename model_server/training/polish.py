@@ -24,6 +24,7 @@ from model_server.evaluation.caption_metrics import Cider, Tokens, bleu, tokeniz
 from model_server.model.generate import sample
 from model_server.model.rsvlm import Features
 from model_server.model.vision import square
+from model_server.training import processes
 from model_server.training.language import LanguageRun, LanguageTrainer
 from model_server.training.packing import IGNORE, pack, packed_hidden
 from model_server.training.texts import Text
@@ -97,7 +98,9 @@ class Polisher(LanguageTrainer):
     def draw(self, features: Features) -> list[list[str]]:
         """Sampled captions of each image, `samples` of them."""
         k, n = self.polish.samples, len(features.visual)
-        generator = torch.Generator().manual_seed(self.run.seed * 1_000_003 + self.step)
+        if not n:
+            return []
+        generator = torch.Generator().manual_seed(processes.own_seed(self.run.seed * 1_000_003 + self.step))
         tasks = torch.full((n * k,), self.tokenizer.tasks["[CAP]"])
         rows, expert = torch.arange(n).repeat_interleave(k), torch.zeros(n * k, dtype=torch.long)
         logits, state = self.model.prefill(features.rows(rows), tasks, None, expert, MAX_TOKENS)
@@ -109,11 +112,14 @@ class Polisher(LanguageTrainer):
 
     def step_loss(self, rows: np.ndarray, images: Tensor) -> Tensor:
         run, rng = self.polish, Random(f"polish-{self.run.seed}-{self.step}")
+        plain = [self.texts[i].sample(rng) for i in rows]
+        mine = processes.share(len(rows))
+        rows, plain = rows[mine], plain[mine]
         maps, pooled = self.maps(images)
         captioned = [b for b, i in enumerate(rows) if int(i) in self.captions]
         self.model.eval()  # sample from the policy itself, without dropout
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=run.bf16):
-            said = self.draw(self.model.fuse(maps, pooled).rows(torch.tensor(captioned)))
+            said = self.draw(self.model.fuse(maps, pooled).rows(torch.tensor(captioned, dtype=torch.long)))
         self.model.train()
         drawn: list[list[Text]] = [[] for _ in rows]
         advantage: list[list[float]] = [[] for _ in rows]
@@ -121,7 +127,6 @@ class Polisher(LanguageTrainer):
             reward = self.rewards(int(rows[b]), [tokenize(c) for c in captions])
             drawn[b] = [Text("[CAP]", "", c) for c in captions]
             advantage[b] = ((reward - reward.mean()) * len(reward) / (len(reward) - 1)).tolist()
-        plain = [self.texts[i].sample(rng) for i in rows]
         texts = [[*a, *b] for a, b in zip(drawn, plain, strict=True)]
         packed = pack(texts, self.tokenizer, self.questions, run.answer_weight)
         with torch.autocast("cpu", torch.bfloat16, enabled=run.bf16):
@@ -138,7 +143,7 @@ class Polisher(LanguageTrainer):
                 gain[b][mine], is_drawn[b][mine] = value, True
         target, drawn_places = packed.target[places], is_drawn[places]
         nll = F.cross_entropy(logits, target, reduction="none")
-        critical = (nll * gain[places])[drawn_places].sum() / drawn_places.sum().clamp(min=1)
+        critical = (nll * gain[places])[drawn_places].sum() / processes.mean(drawn_places.sum()).clamp(min=1)
         weight = packed.weight[places] * ~drawn_places
         smooth = F.cross_entropy(logits, target, reduction="none", label_smoothing=run.smoothing)
-        return critical + run.text_weight * (smooth * weight).sum() / weight.sum().clamp(min=1)
+        return critical + run.text_weight * (smooth * weight).sum() / processes.mean(weight.sum()).clamp(min=1)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from model_server.model.config import PRESETS, ModelConfig
 from model_server.model.heads import ImageHeads
 from model_server.model.vision import Backbone, square
+from model_server.training import processes
 from model_server.training.images import batches, epoch_order, load_images, thinned
 from model_server.training.records import read_records
 from model_server.training.sentences import SentenceBank
@@ -124,6 +125,7 @@ class VisionTrainer:
         early = copy.deepcopy(self.net.backbone).eval()
         early.fold_norms()
         self.early = early.bfloat16().channels_last()
+        processes.share_norms(self.net)
         named = self.net.trainable()
         self.optimiser = torch.optim.AdamW(
             [
@@ -170,13 +172,15 @@ class VisionTrainer:
         for group in self.optimiser.param_groups:
             group["lr"] = group["base"] * factor
         self.net.train()
-        pooled = self.net.pooled(self.encode_early(images))
+        pooled = processes.whole(self.net.pooled(self.encode_early(images)))  # the losses compare images of a batch
         captions = self.bank.sample(rows, rng)
         keep = torch.from_numpy(rng.random(len(self.vocabulary.labels)) > 0.25)
         terms = losses(self.net, pooled, rows, self.targets, self.bank, captions, keep)
         self.optimiser.zero_grad(set_to_none=True)
         torch.stack(list(terms.values())).sum().backward()
-        nn.utils.clip_grad_norm_([p for _, p in self.net.trainable()], 5.0)
+        trainable = [p for _, p in self.net.trainable()]
+        processes.average_gradients(trainable)
+        nn.utils.clip_grad_norm_(trainable, 5.0)
         self.optimiser.step()
         self.step += 1
         decay = min(run.ema, (1 + self.step) / (10 + self.step))
@@ -217,7 +221,7 @@ class VisionTrainer:
         images = load_images(self.train, "train images")
         val_images = load_images(self.val, "val images")
         order = epoch_order(self.train, REPEAT, run.steps, run.batch, run.seed)
-        log = (run.run / "vision.jsonl").open("a", encoding="utf-8")
+        log = processes.log(run.run / "vision.jsonl")
         start, first, sums = time.monotonic(), self.step, dict[str, float]()
         for step, rows, x in batches(images, order, self.config.image_size, run.seed, self.step):
             for k, v in self.train_step(rows, x).items():
@@ -227,7 +231,7 @@ class VisionTrainer:
                 line = {"step": step + 1, "images_s": round(rate, 1), **{k: round(v / 20, 4) for k, v in sums.items()}}
                 print(json.dumps(line), file=log, flush=True)
                 sums.clear()
-            if (step + 1) % run.every == 0 or step + 1 == run.steps:
+            if processes.is_main() and ((step + 1) % run.every == 0 or step + 1 == run.steps):
                 self.save()
                 line = {"step": step + 1, "val": {k: round(v, 4) for k, v in self.validate(val_images).items()}}
                 print(json.dumps(line), file=log, flush=True)
