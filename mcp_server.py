@@ -20,10 +20,10 @@ from mcp.server.auth.settings import AuthSettings
 from rs_tools.client import ModelClient
 from rs_tools.errors import AccessError, InputError
 from rs_tools.imagery.access import AccessPolicy
-from rs_tools.mcp_completions import add_completions
-from rs_tools.mcp_prompts import add_prompts, told_why
-from rs_tools.mcp_resources import AnsweredFiles, add_resources
-from rs_tools.mcp_tools import declared_tools
+from rs_tools.mcp.completions import add_completions
+from rs_tools.mcp.prompts import add_prompts, told_why
+from rs_tools.mcp.resources import AnsweredFiles, add_resources
+from rs_tools.mcp.tools import declared_tools
 from rs_tools.model_facts import ModelFacts
 from rs_tools.serving.options import add_http_options, http_settings, uploads
 from rs_tools.tools import DEADLINE_S, Tools

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 import uvicorn
 
-from model_server.api import Activity, create_app
 from model_server.engine import Engine
+from model_server.http.api import Activity, create_app
 
 if TYPE_CHECKING:
     from model_server.resident import Resident

@@ -11,12 +11,12 @@ import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from model_server.engine_errors import QueryFailed
-from model_server.feature_cache import ByteCache
+from model_server.batching.engine_errors import QueryFailed
+from model_server.batching.feature_cache import ByteCache
+from model_server.batching.scheduler import PRIORITIES
 from model_server.protocol import DENSE_TASKS, Priority, Task, TileAnswer, Wire
 from model_server.query import Query
 from model_server.resident import Resident, Stepper
-from model_server.scheduler import PRIORITIES
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,8 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from model_server.counters import CacheValues, Counters, EngineMetrics
-from model_server.device import CANDIDATES, Begun, Device, Outcome, Room, Stepped
-from model_server.engine_errors import (
+from model_server.batching.counters import CacheValues, Counters, EngineMetrics
+from model_server.batching.engine_errors import (
     DeadlinePassed,
     EngineBusy,
     EngineClosing,
@@ -31,6 +30,8 @@ from model_server.engine_errors import (
     EngineNotReady,
     QueryFailed,
 )
+from model_server.batching.scheduler import PRIORITIES, Job, Scheduler, Shares
+from model_server.device import CANDIDATES, Begun, Device, Outcome, Room, Stepped
 from model_server.protocol import (
     MAX_TILES,
     PerceiveRequest,
@@ -48,7 +49,6 @@ from model_server.protocol import (
 )
 from model_server.query import Query
 from model_server.resident import Resident
-from model_server.scheduler import PRIORITIES, Job, Scheduler, Shares
 
 __all__ = [
     "DeadlinePassed", "Engine", "EngineBusy", "EngineClosing", "EngineError", "EngineNotReady", "QueryFailed",

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model_server.batching.feature_cache import ByteCache
+from model_server.batching.memory_plan import MemoryPlan, free_memory
 from model_server.checkpoints.store import WeightsError, load_checkpoint
-from model_server.dense_perceiver import DensePerceiver
-from model_server.feature_cache import ByteCache
-from model_server.memory_plan import MemoryPlan, free_memory
+from model_server.dense.perceiver import DensePerceiver
 from model_server.model.attention import Backend
 from model_server.model.experts import ROUTES, route
 from model_server.model.generate import Hypothesis

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from model_server.feature_cache import image_key
+from model_server.batching.feature_cache import image_key
 from model_server.protocol import Modality, Task
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Protocol, runtime_checkable
 
-from model_server.engine_errors import QueryFailed
-from model_server.feature_cache import ByteCache
-from model_server.memory_plan import MemoryPlan
+from model_server.batching.engine_errors import QueryFailed
+from model_server.batching.feature_cache import ByteCache
+from model_server.batching.memory_plan import MemoryPlan
 from model_server.protocol import ModelInfo, PerceiveRequest, Priority, Task, TileAnswer
 from model_server.query import Query
 

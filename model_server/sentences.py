@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from model_server.feature_cache import ByteCache
+from model_server.batching.feature_cache import ByteCache
 from model_server.model.rsvlm import RSVLM, Questions
 from model_server.text.names import readable
 

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model_server.calibration import DenseCalibration, Logistic
-from model_server.dense_perceiver import FLOOR, DensePerceiver
-from model_server.known_phrases import KnownPhrases
+from model_server.dense.known_phrases import KnownPhrases
+from model_server.dense.perceiver import FLOOR, DensePerceiver
+from model_server.dense.working_scale import BOXES, MASKS, MAX_LOOK_PIXELS, Rule, bounded
 from model_server.model.dense import DenseBranch, Found, Maps
 from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver, Query
 from model_server.protocol import PerceiveRequest, TaskNotServed, TileCaption, TileChange, TileMasks, TileObjects
 from model_server.text.concepts import DISTRACTORS, every_phrase
-from model_server.working_scale import BOXES, MASKS, MAX_LOOK_PIXELS, Rule, bounded
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from model_server.dense.scale_search import OTHERS, Sighting, combined
+from model_server.dense.working_scale import ANY_BOX, BOXES, MASKS, box_scales, change_scale, mask_scales
 from model_server.protocol import Modality
-from model_server.scale_search import OTHERS, Sighting, combined
-from model_server.working_scale import ANY_BOX, BOXES, MASKS, box_scales, change_scale, mask_scales
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from model_server.checkpoints.store import load_checkpoint
+from model_server.dense.known_phrases import KnownPhrases
+from model_server.dense.scale_search import Sighting, combined
+from model_server.dense.working_scale import bounded, box_scales
 from model_server.evaluation.looking import merge_objects, windows
-from model_server.known_phrases import KnownPhrases
 from model_server.model.backends import Backend
 from model_server.model.greedy import follow
 from model_server.model.looks import GREY
@@ -27,13 +29,11 @@ from model_server.model.vision import square
 from model_server.protocol import ModelInfo, TaskNotServed, TileAnswer, TileObjects
 from model_server.query import Query
 from model_server.relations import parse
-from model_server.scale_search import Sighting, combined
 from model_server.text.boxes import BoxDialect, parse_boxes
 from model_server.text.malformed import MalformedText
 from model_server.text.names import readable
 from model_server.text.tokenizer import TextTokenizer
 from model_server.training.region import BOX_TOKENS, MAX_BOXES, REGION, region_model
-from model_server.working_scale import bounded, box_scales
 
 OVERLAP = 0.25  # of a square's side, shared by neighbours
 BATCH = 32  # squares decoded together

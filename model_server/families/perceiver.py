@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from model_server.engine_errors import QueryFailed
+from model_server.batching.engine_errors import QueryFailed
 from model_server.families.asking import Dialect, Said, Speaker
 from model_server.families.reading import UNCALIBRATED
 from model_server.protocol import ModelInfo, PerceiveRequest, Task, TaskNotServed, TileAnswer

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from model_server.calibration import DenseCalibration, Logistic
-from model_server.dense_perceiver import DensePerceiver
+from model_server.dense.perceiver import DensePerceiver
+from model_server.dense.working_scale import change_kind
 from model_server.evaluation.dense_metrics import (
     ImageBoxes,
     ProbabilityCounts,
@@ -25,7 +26,6 @@ from model_server.training.concepts import boxed, masked
 from model_server.training.dense_data import Scene, relit
 from model_server.training.export import fit_logistic
 from model_server.training.records import Record
-from model_server.working_scale import change_kind
 
 SETS = (
     "inshore_ships", "estonia_aerial", "neon_trees", "hrsid_sar", "epfl_roads", "flood", "amazon_forest",

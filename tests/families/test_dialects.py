@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from model_server.engine_errors import QueryFailed
+from model_server.batching.engine_errors import QueryFailed
 from model_server.families.asking import Ask, Dialect, Said
 from model_server.families.fusar import FusarDialect
 from model_server.families.mfrsvlm import SYSTEM, MFRSVLMDialect, prompt

@@ -68,8 +68,10 @@ class Publisher(http.server.BaseHTTPRequestHandler):
 
 
 def _published(kid: str, key: Any) -> dict[str, Any]:
-    kind = RSAAlgorithm if isinstance(key, rsa.RSAPrivateKey) else ECAlgorithm
-    return {**kind.to_jwk(key.public_key(), as_dict=True), "kid": kid, "use": "sig"}
+    public = key.public_key()
+    is_rsa = isinstance(public, rsa.RSAPublicKey)
+    jwk = RSAAlgorithm.to_jwk(public, as_dict=True) if is_rsa else ECAlgorithm.to_jwk(public, as_dict=True)
+    return {**jwk, "kid": kid, "use": "sig"}
 
 
 def _encoded(part: dict[str, Any] | bytes) -> str:

@@ -24,7 +24,7 @@ from mcp_processes import links, text_of
 from model_server.protocol import PerceiveRequest, PerceiveResponse
 from rs_tools.client import ModelClient
 from rs_tools.declarations import DECLARATIONS
-from rs_tools.mcp_schemas import published
+from rs_tools.mcp.schemas import published
 from rs_tools.tools import Tools
 
 Serve = Callable[..., Client]

@@ -15,11 +15,11 @@ from mcp_processes import Connect, text_of
 
 import mcp_server
 from model_server.protocol import ModelInfo, PerceiveRequest, PerceiveResponse, TileVqa
-from rs_tools import mcp_progress
 from rs_tools.errors import NotServed
 from rs_tools.imagery.access import AccessPolicy
 from rs_tools.looking import BATCH
-from rs_tools.mcp_progress import Progress
+from rs_tools.mcp import progress as mcp_progress
+from rs_tools.mcp.progress import Progress
 
 SIDE = 2000
 QUESTION = "How many ships are there?"

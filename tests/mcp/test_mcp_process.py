@@ -18,8 +18,8 @@ from mcp import Client
 from mcp_processes import ModelServer, stdio, text_of
 
 import mcp_server
-from rs_tools import mcp_progress
 from rs_tools.imagery.access import AccessPolicy
+from rs_tools.mcp import progress as mcp_progress
 
 SCENE = "itaipu_landsat8.tif"
 

@@ -21,7 +21,7 @@ from mcp_processes import text_of
 import mcp_server
 from rs_tools.declarations import DECLARATIONS, Declaration
 from rs_tools.imagery.access import AccessPolicy
-from rs_tools.mcp_schemas import published
+from rs_tools.mcp.schemas import published
 
 EXAMPLES = int(os.environ.get("RS_EXAMPLES", "60"))  # argument sets for each tool; 1000 take minutes
 

@@ -15,9 +15,9 @@ from mcp.types import PromptReference, ResourceTemplateReference, TextResourceCo
 from mcp_models import PlantedModel
 from mcp_processes import TOKEN, ModelServer, free_port
 
-from rs_tools import mcp_resources
 from rs_tools.declarations import DECLARATIONS
-from rs_tools.mcp_resources import MODEL_CARD, TAXONOMY, AnsweredFiles
+from rs_tools.mcp import resources as mcp_resources
+from rs_tools.mcp.resources import MODEL_CARD, TAXONOMY, AnsweredFiles
 from rs_tools.model_facts import EMBEDDED
 
 PROMPTS = {

@@ -8,9 +8,9 @@ import pytest
 import uvicorn
 from scripted import ScriptedPerceiver
 
-from model_server.api import create_app
 from model_server.app import bind
 from model_server.engine import Engine
+from model_server.http.api import create_app
 from model_server.perceiver import Perceiver
 
 

@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import save
 from scripted import GUILTY, ScriptedPerceiver, tile
 
-from model_server.api import create_app
 from model_server.engine import Engine
+from model_server.http.api import create_app
 from model_server.perceiver import Perceiver
 from model_server.protocol import PerceiveRequest, decode_response, encode_request
 

@@ -16,8 +16,8 @@ import pytest
 from chats import data_url, user
 from scripted import GUILTY, ScriptedPerceiver, tile
 
-from model_server.api import create_app
 from model_server.engine import Engine
+from model_server.http.api import create_app
 from model_server.protocol import PerceiveRequest, encode_request
 from model_server.resident import Resident
 

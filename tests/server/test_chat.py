@@ -14,9 +14,9 @@ from chats import data_url, user
 from PIL import Image
 from processes import picture
 
-from model_server.chat import read_chat
-from model_server.chat_answers import say, shortened
-from model_server.openai_wire import CallError, UnknownModel
+from model_server.http.chat import read_chat
+from model_server.http.chat_answers import say, shortened
+from model_server.http.openai_wire import CallError, UnknownModel
 from model_server.protocol import PerceiveRequest, PerceiveResponse, TileChange, TileMasks, TileObjects
 from model_server.text.boxes import BoxDialect, parse_boxes
 from model_server.text.masks import parse_mask

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from model_server.batching.scheduler import Job, Scheduler, Shares
 from model_server.protocol import PerceiveRequest, Priority, Task
 from model_server.query import Query
-from model_server.scheduler import Job, Scheduler, Shares
 
 ROOM: dict[Task, int] = {"caption": 99, "vqa": 99, "classify": 99}
 TILE = np.zeros((2, 2, 3), np.uint8)

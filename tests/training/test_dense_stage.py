@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from model_server.checkpoints.store import WeightsError, load_checkpoint
 from model_server.model.config import debug
@@ -36,46 +35,6 @@ from model_server.training.dense_validation import figures, fit_calibration, gat
 from model_server.training.records import Record
 
 SIDE = 64
-
-
-def write_set(root: Path, name: str, rng: np.random.Generator) -> None:
-    """White squares on dark ground: ships with boxes, roads with masks, or changes."""
-    folder = root / name
-    folder.mkdir(parents=True)
-    rows = []
-    for i in range(6):
-        ground = rng.integers(20, 60, (SIDE, SIDE, 3)).astype(np.uint8)
-        picture, mask = ground.copy(), np.zeros((SIDE, SIDE), np.uint8)
-        x, y = (int(v) for v in rng.integers(4, 36, 2))
-        picture[y : y + 20, x : x + 20] = 230
-        mask[y : y + 20, x : x + 20] = 1
-        row = {"id": f"{name}_{i}", "split": "val" if i >= 4 else "train", "images": [f"{i}.png"],
-               "width": SIDE, "height": SIDE, "modality": "sar" if "sar" in name else "optical"}  # fmt: skip
-        Image.fromarray(picture).save(folder / f"{i}.png")
-        Image.fromarray(mask if name in MASK_SETS else mask * 255).save(folder / f"{i}_mask.png")
-        if name in CHANGE_SETS and name != "ucm":
-            Image.fromarray(ground).save(folder / f"{i}_before.png")
-            row |= {"images": [f"{i}_before.png", f"{i}.png"], "change_mask": f"{i}_mask.png"}
-        elif name in MASK_SETS and name not in ("ucm", "inshore_ships", "estonia_aerial", "neon_trees"):
-            label = {"epfl_roads": "road", "flood": "water", "amazon_forest": "forest"}.get(name, "ship")
-            row |= {"mask": f"{i}_mask.png", "mask_classes": {"0": "background", "1": label}}
-        if name in BOX_SETS and name != "ucm":
-            label = {"neon_trees": "tree", "estonia_aerial": "car"}.get(name, "ship")
-            row["objects"] = [{"label": label, "bbox": [x, y, x + 20, y + 20]}]
-        if name == "oscd":
-            row["gsd_m"] = 10.0
-        if name == "ucm":
-            row |= {"scene": "forest", "presence": {"ship": False, "trees": True, "water": False, "sea": False}}
-        rows.append(json.dumps(row))
-    (folder / "records.jsonl").write_text("\n".join(rows) + "\n")
-
-
-@pytest.fixture(scope="module")
-def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root, rng = tmp_path_factory.mktemp("dense_data"), np.random.default_rng(0)
-    for name in sorted({*BOX_SETS, *MASK_SETS, *CHANGE_SETS}):
-        write_set(root, name, rng)
-    return root
 
 
 def start_run(folder: Path) -> None:
@@ -156,8 +115,8 @@ def test_no_held_out_phrase_is_trained_on() -> None:
     assert all(c.held_out for c in CONCEPTS.values())
 
 
-def test_views_ask_for_what_is_there_and_for_what_is_not(small_data: Path) -> None:
-    views = Views(read_scenes(small_data, BOX_SETS, "train"), BOX_SETS, bank())
+def test_views_ask_for_what_is_there_and_for_what_is_not(squares: Path) -> None:
+    views = Views(read_scenes(squares, BOX_SETS, "train"), BOX_SETS, bank())
     batch = views.boxes(np.random.default_rng(0), 24, SIDE)
     assert batch.images.shape == (24, 3, SIDE, SIDE)
     asked = torch.cat([m.any(1) for m in batch.meant if m.shape[1]])
@@ -245,13 +204,13 @@ def losses(trainer: DenseTrainer, data: Path) -> dict[str, float]:
 
 
 def test_the_stage_learns_all_three_tasks_and_fills_a_checkpoint(
-    small_data: Path, tmp_path: Path, debug_weights: Path
+    squares: Path, tmp_path: Path, debug_weights: Path
 ) -> None:
     start_run(tmp_path)
-    trainer = DenseTrainer(settings(small_data, tmp_path, steps=300, rate=3e-3, head_rate=6e-3, ema=0.9))
-    at_first = losses(trainer, small_data)
+    trainer = DenseTrainer(settings(squares, tmp_path, steps=300, rate=3e-3, head_rate=6e-3, ema=0.9))
+    at_first = losses(trainer, squares)
     trainer.fit()
-    at_last = losses(trainer, small_data)
+    at_last = losses(trainer, squares)
     for term, share in (("heat", 0.8), ("mask", 0.8), ("change", 0.8), ("box", 0.8)):
         assert at_last[term] < share * at_first[term], term
     lines = [json.loads(line) for line in (tmp_path / "dense.jsonl").read_text().splitlines()]
@@ -280,17 +239,17 @@ def test_the_stage_learns_all_three_tasks_and_fills_a_checkpoint(
         load_checkpoint(weights)
 
 
-def test_a_run_that_was_cut_off_resumes_to_the_same_weights(small_data: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_cut_off_resumes_to_the_same_weights(squares: Path, tmp_path: Path) -> None:
     weights = []
     for stops in ([6], [3, 6]):
         run = tmp_path / str(len(stops))
         run.mkdir()
         start_run(run)
-        trainer = DenseTrainer(settings(small_data, run))
+        trainer = DenseTrainer(settings(squares, run))
         for stop in stops:
-            trainer = DenseTrainer(settings(small_data, run))
+            trainer = DenseTrainer(settings(squares, run))
             views = {
-                task: Views(read_scenes(small_data, sets, "train"), sets, PhraseBank(trainer.vectors))
+                task: Views(read_scenes(squares, sets, "train"), sets, PhraseBank(trainer.vectors))
                 for task, sets in (("boxes", BOX_SETS), ("masks", MASK_SETS), ("change", CHANGE_SETS))
             }
             while trainer.step < stop:
@@ -300,11 +259,11 @@ def test_a_run_that_was_cut_off_resumes_to_the_same_weights(small_data: Path, tm
     torch.testing.assert_close(weights[0], weights[1], atol=1e-6, rtol=0)
 
 
-def test_figures_and_thresholds_come_from_the_same_predictions(small_data: Path, tmp_path: Path) -> None:
+def test_figures_and_thresholds_come_from_the_same_predictions(squares: Path, tmp_path: Path) -> None:
     start_run(tmp_path)
-    perceiver = DenseTrainer(settings(small_data, tmp_path)).perceiver()
-    scenes = [s for s in read_scenes(small_data, {k: v for k, v in BOX_SETS.items() if k != "ucm"}, "val")]
-    scenes += read_scenes(small_data, {"oscd": CHANGE_SETS["oscd"]}, "val")
+    perceiver = DenseTrainer(settings(squares, tmp_path)).perceiver()
+    scenes = [s for s in read_scenes(squares, {k: v for k, v in BOX_SETS.items() if k != "ucm"}, "val")]
+    scenes += read_scenes(squares, {"oscd": CHANGE_SETS["oscd"]}, "val")
     found = gather(perceiver, scenes)
     said, fitted = figures(found), fit_calibration(found)
     assert {"inshore_ships/ship ap50", "oscd f1", "still changed", "hrsid_sar/ship iou"} <= said.keys()
@@ -312,8 +271,8 @@ def test_figures_and_thresholds_come_from_the_same_predictions(small_data: Path,
     assert all(0 <= v <= 1 for table in (fitted.detect, fitted.mask, fitted.change) for v in table.values())
 
 
-def test_a_scene_is_decoded_with_its_mask(small_data: Path) -> None:
-    scene = read_scenes(small_data, {"epfl_roads": MASK_SETS["epfl_roads"]}, "train")[0]
+def test_a_scene_is_decoded_with_its_mask(squares: Path) -> None:
+    scene = read_scenes(squares, {"epfl_roads": MASK_SETS["epfl_roads"]}, "train")[0]
     assert isinstance(scene, Scene)
     assert scene.mask is not None
     assert set(np.unique(scene.mask)) == {0, 1}

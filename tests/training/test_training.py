@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.nn import functional as F
 
 from model_server.model.rsvlm import RSVLM
@@ -27,41 +26,10 @@ COLOURS = {"forest": (20, 120, 30), "beach": (220, 200, 140), "river": (30, 60, 
 
 
 @pytest.fixture(scope="module")
-def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Plain-coloured scenes in all four sets, with captions, presence and questions."""
-    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for name in SETS:
-        folder = root / name
-        (folder / "images").mkdir(parents=True)
-        rows = []
-        for i in range(18):
-            scene = list(COLOURS)[i % 3]
-            pixels = np.clip(np.array(COLOURS[scene]) + rng.normal(0, 12, (64, 64, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
-            row = {"id": f"{name}_{i}", "split": "val" if i >= 12 else "train", "images": [f"images/{i}.png"],
-                   "width": 64, "height": 64, "modality": "optical", "gsd_m": 1.0, "crs": False}  # fmt: skip
-            if name in ("ucm", "rsicd_aid"):
-                row |= {"scene": scene, "captions": [f"there is a {scene} .", f"this is a {scene} .", f"a {scene} ."]}
-            if name != "rsicd_aid":
-                answer = "yes" if scene == "river" else "no"
-                row["qa"] = [{"question": "Is there a water area?", "answer": answer, "type": "presence"}]
-                row["qa"] += [
-                    {"question": "How many roads are there?", "answer": "3", "type": "count"},
-                    {"question": "How many buildings are there?", "answer": "0", "type": "count"},
-                    {"question": "Are there more roads than buildings?", "answer": "yes", "type": "comparison"},
-                ]
-            if name == "ucm":
-                row["presence"] = {"water": scene == "river", "trees": scene == "forest"}
-            rows.append(json.dumps(row))
-        (folder / "records.jsonl").write_text("\n".join(rows) + "\n")
-    return root
-
-
-@pytest.fixture(scope="module")
-def vision_run(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vision_run(coloured_scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("run")
     settings = VisionRun(
-        data=small_data, run=run, config="debug", steps=120, batch=12, rate=4e-3, every=120, ema=0.9
+        data=coloured_scenes, run=run, config="debug", steps=120, batch=12, rate=4e-3, every=120, ema=0.9
     )
     VisionTrainer(settings).fit()
     return run
@@ -78,7 +46,7 @@ def test_the_vision_stage_learns_scenes_of_plain_colours(vision_run: Path) -> No
 
 
 def test_a_stage_that_was_cut_off_resumes_to_the_weights_of_one_that_was_not(
-    small_data: Path, vision_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    coloured_scenes: Path, vision_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.set_num_threads(1)
     weights = []
@@ -87,7 +55,7 @@ def test_a_stage_that_was_cut_off_resumes_to_the_weights_of_one_that_was_not(
         run.mkdir()
         (run / "vision.pt").write_bytes((vision_run / "vision.pt").read_bytes())
         settings = LanguageRun(
-            data=small_data, run=run, config="debug", steps=6, batch=6, every=3, dropout=0, bf16=False
+            data=coloured_scenes, run=run, config="debug", steps=6, batch=6, every=3, dropout=0, bf16=False
         )
         trainer = LanguageTrainer(settings)
         if cut:
@@ -110,8 +78,8 @@ def test_a_stage_that_was_cut_off_resumes_to_the_weights_of_one_that_was_not(
     torch.testing.assert_close(weights[0], weights[1], atol=1e-6, rtol=0)
 
 
-def test_all_stages_give_a_checkpoint_that_answers_and_is_calibrated(small_data: Path, vision_run: Path) -> None:
-    shared = {"data": small_data, "run": vision_run, "config": "debug", "batch": 16, "dropout": 0.0}
+def test_all_stages_give_a_checkpoint_that_answers_and_is_calibrated(coloured_scenes: Path, vision_run: Path) -> None:
+    shared = {"data": coloured_scenes, "run": vision_run, "config": "debug", "batch": 16, "dropout": 0.0}
     LanguageTrainer(LanguageRun(**shared, steps=160, rate=4e-3, every=160, ema=0.9)).fit()
     trainer = Polisher(PolishRun(**shared, steps=4, every=4, samples=3))
     trainer.fit()
@@ -121,7 +89,7 @@ def test_all_stages_give_a_checkpoint_that_answers_and_is_calibrated(small_data:
     answers.fit()
     assert_answers_better_and_describes_the_same(answers)
     export(trainer, vision_run / "weights")
-    fitted = calibrate(vision_run / "weights", small_data, SETS)
+    fitted = calibrate(vision_run / "weights", coloured_scenes, SETS)
     perceiver = Perceiver.load(vision_run / "weights")
     assert perceiver.calibration == fitted
     said = {}

@@ -16,8 +16,8 @@ from pydantic import ValidationError, create_model
 
 from rs_tools.declarations import DECLARATIONS, Declaration
 from rs_tools.errors import PerceptionError
-from rs_tools.mcp_progress import reported
-from rs_tools.mcp_schemas import published
+from rs_tools.mcp.progress import reported
+from rs_tools.mcp.schemas import published
 from rs_tools.results import Result
 from rs_tools.summary import summarize
 from rs_tools.tools import Tools

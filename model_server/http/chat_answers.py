@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from model_server.http.usage import Usage
 from model_server.protocol import PerceiveRequest, PerceiveResponse, RankedAnswer, TileMasks, TileObjects
 from model_server.text.masks import BACKGROUND, LabelGrid, MaskDialect, write_mask
-from model_server.usage import Usage
 
 GRID = 32  # cells along the longer side of a mask as text
 

@@ -17,17 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model_server.batching.feature_cache import ByteCache
 from model_server.calibration import DenseCalibration
-from model_server.feature_cache import ByteCache
-from model_server.known_phrases import KnownPhrases, Meaning
+from model_server.dense.known_phrases import KnownPhrases, Meaning
+from model_server.dense.scale_search import Sighting, combined
+from model_server.dense.working_scale import bounded, box_scales, change_kind, change_scale, mask_scales
 from model_server.model.dense import DenseBranch, Found, Maps, early_maps, objects_of
 from model_server.model.looks import Frame, stacked
 from model_server.model.vision import Backbone
 from model_server.protocol import TileChange, TileMasks, TileObjects
 from model_server.query import Query
 from model_server.relations import Relation, parse
-from model_server.scale_search import Sighting, combined
-from model_server.working_scale import bounded, box_scales, change_kind, change_scale, mask_scales
 
 FLOOR = 0.02  # calibrated score of the least object that is given
 KEPT_SHARE = 1 / 16  # of the cache: features of a larger look would push out those of a hundred small ones

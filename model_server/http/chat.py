@@ -24,8 +24,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from model_server.openai_wire import CallError, check_model, first_fault, read_body
-from model_server.pictures import PictureError, tile_of
+from model_server.http.openai_wire import CallError, check_model, first_fault, read_body
+from model_server.http.pictures import PictureError, tile_of
 from model_server.protocol import MAX_TEXT, PerceiveRequest, Task
 
 TOKENS: dict[str, Task] = {

@@ -12,10 +12,10 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from pydantic import BaseModel, Field
 
-from model_server.openai_wire import CallError, check_model, read_body
-from model_server.pictures import PictureError, tile_of
+from model_server.http.openai_wire import CallError, check_model, read_body
+from model_server.http.pictures import PictureError, tile_of
+from model_server.http.usage import CountsTokens
 from model_server.protocol import MAX_TEXT, PerceiveRequest
-from model_server.usage import CountsTokens
 
 MAX_INPUTS = 64
 MAX_PIXEL_BYTES = 128 * 2**20  # decoded: a small file may hold many

@@ -10,11 +10,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from model_server.embeddings import NoVectors
 from model_server.engine import DeadlinePassed, EngineBusy, EngineNotReady, QueryFailed
-from model_server.openai_wire import CallError, UnknownModel
+from model_server.http.embeddings import NoVectors
+from model_server.http.openai_wire import CallError, UnknownModel
+from model_server.http.request_log import HEADER, record_of
 from model_server.protocol import TaskNotServed, WireError
-from model_server.request_log import HEADER, record_of
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from mcp.types import (
 
 from rs_tools.errors import ServerUnavailable
 from rs_tools.imagery.access import AccessPolicy
-from rs_tools.mcp_prompts import CLASS_ARGUMENTS, IMAGE_ARGUMENTS
+from rs_tools.mcp.prompts import CLASS_ARGUMENTS, IMAGE_ARGUMENTS
 from rs_tools.model_facts import ModelFacts
 from rs_tools.tools import Tools
 

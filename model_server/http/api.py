@@ -22,13 +22,16 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from model_server.chat import read_chat
-from model_server.chat_answers import Completion, say, shortened
-from model_server.embeddings import Embedding, HasVectors, NoVectors
 from model_server.engine import Engine, EngineNotReady
-from model_server.metrics import MEDIA_TYPE as METRICS_TYPE
-from model_server.metrics import render
-from model_server.openai_wire import UnknownModel
+from model_server.http.chat import read_chat
+from model_server.http.chat_answers import Completion, say, shortened
+from model_server.http.embeddings import Embedding, HasVectors, NoVectors
+from model_server.http.metrics import MEDIA_TYPE as METRICS_TYPE
+from model_server.http.metrics import render
+from model_server.http.openai_wire import UnknownModel
+from model_server.http.refusals import HANDLERS, LOADING_RETRY_S, BodiesFull, BodyTooLarge, TooManyCalls
+from model_server.http.request_log import RequestLog, record_of
+from model_server.http.usage import CountsTokens, usage_of
 from model_server.protocol import (
     MAX_BODY_BYTES,
     MAX_LABELS,
@@ -39,9 +42,6 @@ from model_server.protocol import (
     decode_request,
     encode_response,
 )
-from model_server.refusals import HANDLERS, LOADING_RETRY_S, BodiesFull, BodyTooLarge, TooManyCalls
-from model_server.request_log import RequestLog, record_of
-from model_server.usage import CountsTokens, usage_of
 
 if TYPE_CHECKING:
     from model_server.resident import Resident

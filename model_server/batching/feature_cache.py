@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from model_server.counters import CacheValues
+from model_server.batching.counters import CacheValues
 
 V = TypeVar("V")
 

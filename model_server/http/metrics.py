@@ -8,7 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from model_server.counters import EngineMetrics, HistogramValues
+from model_server.batching.counters import EngineMetrics, HistogramValues
 from model_server.protocol import Priority
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
