@@ -99,7 +99,7 @@ class AnswersTrainer(LanguageTrainer):
         kept = F.kl_div(logits[is_caption].log_softmax(-1), wanted, reduction="sum", log_target=True)
         tokens = torch.stack(((~is_caption).sum(), is_caption.sum()))
         each = processes.mean(tokens)
-        return answers * (tokens[0] / each[0]) + run.hold * (kept / each[1])
+        return answers * (tokens[0] / each[0]) + run.hold * (kept / each[1].clamp(min=1))
 
 
 def _logits(model: RSVLM, features: Features, packed: Packed) -> Tensor:

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from model_server.calibration import DenseCalibration
 from model_server.checkpoints.store import save_dense
-from model_server.dense_perceiver import DensePerceiver
+from model_server.dense.perceiver import DensePerceiver
 from model_server.model.config import PRESETS
-from model_server.model.dense import DenseBranch, Maps, early_maps, start_branch
+from model_server.model.dense import DenseBranch, Found, Maps, early_maps, start_branch
 from model_server.model.vision import Backbone
 from model_server.text.concepts import every_phrase
+from model_server.training import processes
 from model_server.training.dense_data import BOX_SETS, CHANGE_SETS, MASK_SETS, PhraseBank, Views, read_scenes
 from model_server.training.dense_losses import box_losses, change_losses, mask_losses
 from model_server.training.dense_validation import SETS, figures, fit_calibration, gather
@@ -138,28 +139,32 @@ class DenseTrainer:
         return {s: m.float() for s, m in early_maps(self.backbone, images, self.branch.config.shared).items()}
 
     def losses(self, task: str, views: Views, rng: np.random.Generator) -> dict[str, Tensor]:
-        """The weighted terms of one batch of a task."""
+        """The weighted terms of one batch of a task. Every process draws it whole and computes its share."""
         run, branch = self.run, self.branch
         batch, side = BATCHES[task]
         batch, side = run.batch or batch, run.side or side
         if task == "boxes":
             b = views.boxes(rng, batch, side)
-            early = self.early(b.images)
+            mine = processes.share(batch)
+            early = self.early(b.images[mine])
             with torch.autocast("cpu", torch.bfloat16, enabled=run.bf16):
-                found = branch.detect(branch.features(branch.maps(early)), b.phrases)
-            return box_losses(found, b)
+                found = branch.detect(branch.features(branch.maps(early)), b.phrases[mine])
+            return box_losses(Found(*map(processes.whole, vars(found).values())), b)
         if task == "masks":
             m = views.masks(rng, batch, side)
-            early = self.early(m.images)
+            mine = processes.share(batch)
+            early = self.early(m.images[mine])
             with torch.autocast("cpu", torch.bfloat16, enabled=run.bf16):
-                logits = branch.segment(branch.features(branch.maps(early)), m.phrases)
-            return mask_losses(logits, m)
+                logits = branch.segment(branch.features(branch.maps(early)), m.phrases[mine])
+            return mask_losses(processes.whole(logits), m)
         c = views.changes(rng, batch, side)
-        early = self.early(torch.cat((c.before, c.after)))
+        mine = processes.share(batch)
+        before = c.before[mine]
+        early = self.early(torch.cat((before, c.after[mine])))
         with torch.autocast("cpu", torch.bfloat16, enabled=run.bf16):
-            maps = branch.maps(early)
-            logits = branch.change({s: x[:batch] for s, x in maps.items()}, {s: x[batch:] for s, x in maps.items()})
-        return change_losses(logits, c)
+            maps, n = branch.maps(early), len(before)
+            logits = branch.change({s: x[:n] for s, x in maps.items()}, {s: x[n:] for s, x in maps.items()})
+        return change_losses(processes.whole(logits), c)
 
     def train_step(self, views: dict[str, Views]) -> dict[str, float]:
         run = self.run
@@ -171,6 +176,7 @@ class DenseTrainer:
         terms = self.losses(task, views[task], np.random.default_rng((run.seed, 11, self.step)))
         self.optimiser.zero_grad(set_to_none=True)
         torch.stack(list(terms.values())).sum().backward()
+        processes.average_gradients(self.branch.parameters())
         nn.utils.clip_grad_norm_(self.branch.parameters(), 1.0)  # boxes would outweigh the others twentyfold
         self.optimiser.step()
         self.step += 1
@@ -205,7 +211,7 @@ class DenseTrainer:
         val = read_scenes(run.data, SETS, "val", run.limit)
         first, start, sums = self.step, time.monotonic(), dict[str, list[float]]()
         saved = validated = start
-        with (run.run / "dense.jsonl").open("a", encoding="utf-8") as log:
+        with processes.log(run.run / "dense.jsonl") as log:
             while self.step < run.steps:
                 for k, v in self.train_step(views).items():
                     sums.setdefault(k, []).append(v)
@@ -216,6 +222,8 @@ class DenseTrainer:
                     means = {k: round(sum(v) / len(v), 4) for k, v in sorted(sums.items())}
                     print(json.dumps({"step": self.step, "seconds_a_step": pace, **means}), file=log, flush=True)
                     sums.clear()
+                if not processes.is_main():
+                    continue
                 if done or now - saved > 60 * run.save_minutes:
                     self.save()
                     saved = now

@@ -83,5 +83,5 @@ def batches(
     """
     for step in range(first, len(order)):
         rng = np.random.default_rng((seed, step))
-        views = [(View.draw(*images[i].shape[:2], rng), images[i]) for i in order[step]]
+        views = [(View.draw(images[i].shape[0], images[i].shape[1], rng), images[i]) for i in order[step]]
         yield step, order[step], torch.stack([view.of(image, side) for view, image in views[share(len(views))]])

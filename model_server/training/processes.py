@@ -118,7 +118,7 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         out = grad_outputs[0].contiguous().clone()
         distributed.all_reduce(out)
         return out
