@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from model_server.model.modulation import TokenModulation
 
 # Every linear layer of the decoder's blocks, as FUSAR-GPT has it; low-rank experts are what they are already.
 LINEARS = r"decoder\.blocks\.\d+\.(?!experts\.deltas\.).*"
@@ -52,6 +55,28 @@ def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float = 0.0, la
     for name in names:
         _put(model, name, LoRA(_linear(model, name), rank, alpha, dropout))
     return names
+
+
+def train_only(model: nn.Module, stage: Literal["knowledge", "tasks"]) -> list[str]:
+    """Let only that train which a stage of FUSAR-GPT's fine-tuning trains; returns the parameters' names.
+
+    Stage 1, knowledge: the adaptations and the modulation by what is known of a place. Stage 2, tasks: the same
+    adaptations go on, and the modulation stays as stage 1 left it.
+
+    Raises:
+        ValueError: the model has no adaptations (`add_lora` makes them) or no modulation.
+    """
+    adapted = [m for m in model.modules() if isinstance(m, LoRA)]
+    known = [m for m in model.modules() if isinstance(m, TokenModulation)]
+    if not adapted or not known:
+        raise ValueError(f"two stages need adaptations and a modulation; there are {len(adapted)} and {len(known)}")
+    model.requires_grad_(False)
+    for module in adapted:
+        module.down.requires_grad_(True)
+        module.up.requires_grad_(True)
+    for module in known:
+        module.requires_grad_(stage == "knowledge")
+    return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
 def merge_lora(model: nn.Module) -> None:
