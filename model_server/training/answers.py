@@ -34,7 +34,7 @@ CAPTION = "[CAP]"
 
 @dataclass(frozen=True, kw_only=True)
 class AnswersRun(LanguageRun):
-    steps: int = 600
+    steps: int = 500
     batch: int = 48
     rate: float = 4e-4
     smoothing: float = 0.05
