@@ -1,6 +1,6 @@
 """The MCP server: perception of satellite and aerial imagery as tools for agents, over stdio or streamable HTTP.
 
-It puts together what `rs_tools.mcp_*` hold each a part of, and serves it. It holds no logic of perception (`rs_tools`
+It puts together what `rs_tools.mcp` holds the parts of, and serves it. It holds no logic of perception (`rs_tools`
 does) and never imports torch, so that it lists its tools at once; the model lives in a process of its own.
 """
 
