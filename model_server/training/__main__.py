@@ -66,12 +66,20 @@ def train(
                     AnswersTrainer(AnswersRun(**shared)).fit()
                 case Stage.DENSE:
                     DenseTrainer(DenseRun(**shared)).fit()
-                case Stage.EXPORT if processes.is_main():
-                    export(LanguageTrainer(LanguageRun(**shared)), run / "weights")
-                    typer.echo(calibrate(run / "weights", data, SETS, limit).to_json())
-                    if (run / "dense.pt").exists():
-                        typer.echo(DenseTrainer(DenseRun(**shared)).export(run / "weights").to_json())
+                case Stage.EXPORT:
+                    trainer = LanguageTrainer(LanguageRun(**shared))  # by all: they wait there for each other
+                    if processes.is_main():
+                        finish(trainer, DenseRun(**shared))
             processes.wait()  # the next stage reads what this one wrote
+
+
+def finish(trainer: LanguageTrainer, dense: DenseRun) -> None:
+    """Write and calibrate the weights; boxes, masks and change too where they have been trained."""
+    folder = dense.run / "weights"
+    export(trainer, folder)
+    typer.echo(calibrate(folder, dense.data, SETS, dense.limit).to_json())
+    if (dense.run / "dense.pt").exists():
+        typer.echo(DenseTrainer(dense).export(folder).to_json())
 
 
 if __name__ == "__main__":
