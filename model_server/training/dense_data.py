@@ -294,7 +294,7 @@ class Views:
 
     def _ask_boxes(self, record: Record, visible: set[str], rng: np.random.Generator) -> list[str]:
         """Concepts to ask: what is there, what is known to be absent, a distractor, and what the set does not label."""
-        here = [n for n in boxed(record) if CONCEPTS[n].labels & visible]
+        here = [n for n in sorted(boxed(record)) if CONCEPTS[n].labels & visible]
         others = [n for n in sorted((boxed(record) | absent(record)) & set(THINGS)) if n not in here]
         rng.shuffle(here)
         rng.shuffle(others)

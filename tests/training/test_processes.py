@@ -82,21 +82,27 @@ def weights(run: Path, stage: str) -> dict[str, Tensor]:
     return {name: w.double() for name, w in state[WEIGHTS[stage]].items()}
 
 
+def launched(*command: str | Path) -> str:
+    """What two processes say that `accelerate launch` starts."""
+    if importlib.util.find_spec("accelerate") is None:
+        pytest.skip("accelerate, which starts the processes, is not installed")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+              "--main_process_port", "0", *map(str, command)]  # fmt: skip
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 def test_two_processes_train_to_the_weights_of_one_and_only_one_of_them_writes(
     coloured_scenes: Path, squares: Path, start: Path, tmp_path: Path
 ) -> None:
-    if importlib.util.find_spec("accelerate") is None:
-        pytest.skip("accelerate, which starts the processes, is not installed")
     torch.set_num_threads(1)
     one, two = tmp_path / "one", tmp_path / "two"
     for run in (one, two):
         shutil.copytree(start, run / "later")
     train(coloured_scenes, squares, one)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-              "--main_process_port", "0", __file__, *map(str, (coloured_scenes, squares, two))]  # fmt: skip
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count('"step": 4') == len(WEIGHTS) + 1  # each stage's validation, said once
+    said = launched(__file__, coloured_scenes, squares, two)
+    assert said.count('"step": 4') == len(WEIGHTS) + 1  # each stage's validation, said once
     untrained = {"vision": start / "vision.pt", "language": start / "language.pt", "answers": start / "polish.pt"}
     for stage in WEIGHTS:
         ours, theirs = weights(one, stage), weights(two, stage)
@@ -109,6 +115,20 @@ def test_two_processes_train_to_the_weights_of_one_and_only_one_of_them_writes(
     logs = {path.name: path.read_text().count("\n") for path in sorted((one / "later").glob("*.jsonl"))}
     assert len(logs) == 4
     assert {path.name: path.read_text().count("\n") for path in sorted((two / "later").glob("*.jsonl"))} == logs
+
+
+def test_the_command_goes_on_and_exports_under_the_launcher(
+    coloured_scenes: Path, start: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(start, run)
+    (run / "polish.pt").unlink()
+    stages = ("--stage", "language", "--stage", "export", "--steps", "3", "--batch", "8", "--threads", "1")
+    said = launched("-m", "model_server.training", coloured_scenes, "--run", run, "--config", "debug", *stages)
+    assert said.count("resumed at step 1") == 1
+    assert said.count("resumed at step 3") == 1  # by export
+    assert (run / "weights" / "model.safetensors").is_file()
+    assert (run / "weights" / "calibration.json").is_file()
 
 
 def test_a_batch_that_does_not_divide_among_the_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
