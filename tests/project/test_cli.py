@@ -147,7 +147,8 @@ def test_an_interrupted_question_gives_status_130_at_once_and_without_a_tracebac
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         command = [sys.executable, "-m", "rs_tools.cli", "caption", str(SCENE), "--model-url", url]
         environment = os.environ | {"NO_PROXY": "127.0.0.1"}
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heard)
         silent.settimeout(120)
         asked, _ = silent.accept()  # it waits for an answer that does not come
         process.send_signal(signal.SIGINT)
