@@ -24,6 +24,7 @@ from model_server.evaluation.dataset import EvaluatedSet, read_set
 from model_server.evaluation.dense_metrics import ImageBoxes, average_precision
 from model_server.evaluation.labelled import true_boxes, words_for
 from model_server.evaluation.looking import as_arrays, look, modality
+from model_server.evaluation.page import put
 from model_server.evaluation.plot import line_plot
 from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver, Query
 from model_server.protocol import Task, TaskNotServed, TileCaption, TileClasses, TileObjects
@@ -167,13 +168,14 @@ def main(
     weights: Annotated[Path, typer.Option(help="checkpoint; default the embedded one")] = DEFAULT_WEIGHTS,
     limit: Annotated[int | None, typer.Option(help="this many images of each set, evenly spread", min=1)] = None,
 ) -> None:
-    """Measure, print, plot."""
+    """Measure, print, plot; a page of results beside them gets its section anew."""
     names = [name.strip() for name in sets.split(",") if name.strip()]
     if not set(names) & set(set_names(data)):
         raise typer.BadParameter(f"{data} holds none of {sets}; it has: {', '.join(set_names(data)) or 'none'}")
     for curve in run(Perceiver.load(weights), data, names, split, limit, out):
         values = "  ".join(f"x{f} {value:.3f}" for f, value in zip(FACTORS, curve.values, strict=True))
         typer.echo(f"{curve.set:16} {curve.measure:16} n={curve.n:<5} {values}")
+    put(out, scale_section(out))
 
 
 if __name__ == "__main__":
