@@ -62,7 +62,7 @@ async def timed(work: Awaitable[Any]) -> float:
 
 
 def read_tiles(image: Path, count: int) -> list[np.ndarray]:
-    """`count` different uint8 [TILE, TILE, 3] windows of the scene, asked about in turn: after a round, all are known."""
+    """`count` different uint8 [TILE, TILE, 3] windows of the scene; once each has been asked about, all are known."""
     with rasterio.open(image) as scene:
         pixels = np.moveaxis(scene.read([1, 2, 3] if scene.count >= 3 else [1, 1, 1]), 0, -1).astype(np.float64)
     low, high = np.nanpercentile(pixels, [2, 98])
@@ -127,9 +127,9 @@ async def throughput_figures(client: ModelClient, tiles: list[np.ndarray], secon
     Every caller asks one tile at a time, the tasks mixed.
     """
     rates = {callers: await _rate(client, tiles, callers, seconds) for callers in CALLERS}
-    figures = [Figure(f"throughput, tiles seen before, {callers} callers", rate, "tiles/s") for callers, rate in rates.items()]
-    alone = rates[CALLERS[0]]
-    figures += [Figure(f"throughput, tiles seen before, {n} callers against 1", rates[n] / alone, "ratio") for n in CALLERS[1:]]
+    what, alone = "throughput, tiles seen before", rates[CALLERS[0]]
+    figures = [Figure(f"{what}, {callers} callers", rate, "tiles/s") for callers, rate in rates.items()]
+    figures += [Figure(f"{what}, {n} callers against 1", rates[n] / alone, "ratio") for n in CALLERS[1:]]
     return figures
 
 
