@@ -278,14 +278,16 @@ def section(folder: Path) -> list[str]:
     outcomes = [Outcome(**row) for row in stored["outcomes"]]
     setting, names = Setting(**stored["setting"]), list(outcomes[0].figures)
     seeds = len({outcome.seed for outcome in outcomes})
+    several = f"mean of {seeds} seeds (largest difference between them)"
+    spread = several if seeds > 1 else "one seed, so no spread is known"
     lines = [
         "",
         "## How the image enters the decoder",
         "",
         f"Each variant of `{setting.config}` from the same stage `vision`, {setting.steps} steps of {setting.batch} of "
-        f"the same {stored['train']} images, {seeds} seeds, greedy answers on {stored['val']} validation images: mean "
-        "(largest difference between seeds). A short training compares mechanisms, it does not say what the whole one "
-        "reaches; scene and presence are answers in words, and in every variant the heads' findings enter as tokens "
+        f"the same {stored['train']} images, greedy answers on {stored['val']} validation images: {spread}. "
+        "A short training compares mechanisms, it does not say what the whole one reaches; scene and presence are "
+        "answers in words, and in every variant the heads' findings enter as tokens "
         "(`python -m model_server.training.mechanisms DATA_DIR --run RUN --out docs`).",
         "",
         f"| variant | trained | {' | '.join(names)} |",
@@ -296,7 +298,8 @@ def section(folder: Path) -> list[str]:
         cells = []
         for name in names:
             values = [outcome.figures[name] for outcome in own]
-            cells.append(f"{np.mean(values):.3f} ({max(values) - min(values):.3f})")
+            apart = f" ({max(values) - min(values):.3f})" if seeds > 1 else ""
+            cells.append(f"{np.mean(values):.3f}{apart}")
         lines.append(f"| {variant} | {own[0].parameters / 1e6:.1f} M | {' | '.join(cells)} |")
     return lines
 
