@@ -58,22 +58,26 @@ def _running(server: LocalServer, state: Path, setup: Setup) -> Finding:
     from rs_tools.errors import ServerUnavailable
 
     where = f"process {server.pid} at {server.url}, log {server.log}"
-    says = " | ".join(_last_lines(server.log)) or "nothing"
     kill = f"kill {server.pid}; the next question starts a new one"
     try:
         if not servers.answers(server):
-            found = f"process {server.pid} is not a model server any more, or does not listen; its log: {says}"
+            found = f"process {server.pid} is not a model server any more, or does not listen; {_says(server)}"
             return Finding(CHECK, "warning", found, f"rm {state}; the next question starts a new one")
     except ServerUnavailable:
-        return Finding(CHECK, "problem", f"{where}: takes calls but does not answer; its log: {says}", kill)
+        return Finding(CHECK, "problem", f"{where}: takes calls but does not answer; {_says(server)}", kill)
     if state.stat().st_mode & 0o077:
         return Finding(CHECK, "warning", f"others can read its token in {state}", f"chmod 600 {state}, and {kill}")
     answer = _models(server.url, server.token, trust_env=False)
     if answer.status_code == 503:
-        return Finding(CHECK, "ok", f"{where}: still loading; its log: {says}")
+        return Finding(CHECK, "ok", f"{where}: still loading; {_says(server)}")
     if answer.status_code != 200:
-        return Finding(CHECK, "problem", f"{where}: answers {answer.status_code}; its log: {says}", kill)
-    return _same_weights(answer, where, says, kill, setup)
+        return Finding(CHECK, "problem", f"{where}: answers {answer.status_code}; {_says(server)}", kill)
+    return _same_weights(answer, where, _says(server), kill, setup)
+
+
+def _says(server: LocalServer) -> str:
+    """The end of its log. Read after it was asked: what it logged up to its answer is in it."""
+    return f"its log: {' | '.join(_last_lines(server.log)) or 'nothing'}"
 
 
 def _same_weights(answer: httpx.Response, where: str, says: str, kill: str, setup: Setup) -> Finding:
@@ -82,7 +86,7 @@ def _same_weights(answer: httpx.Response, where: str, says: str, kill: str, setu
     [model] = answer.json()["data"]
     folder = weights_folder(setup)
     if not folder.is_dir() or is_published(folder):
-        return Finding(CHECK, "ok", f"{where}: serves {model['id']} on {model['device']}; its log: {says}")
+        return Finding(CHECK, "ok", f"{where}: serves {model['id']} on {model['device']}; {says}")
     try:
         on_disk = weights_digest(folder)
     except OSError:
@@ -91,7 +95,7 @@ def _same_weights(answer: httpx.Response, where: str, says: str, kill: str, setu
         found = f"{where}: serves weights {model['weights_digest']}, but {folder} holds {on_disk}"
         return Finding(CHECK, "warning", found, kill)
     served = f"{model['model']} ({model['weights_digest']}, as on the disk) on {model['device']}"
-    return Finding(CHECK, "ok", f"{where}: serves {served}; its log: {says}")
+    return Finding(CHECK, "ok", f"{where}: serves {served}; {says}")
 
 
 def remote_server(setup: Setup) -> Iterator[Finding]:
