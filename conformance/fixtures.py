@@ -182,7 +182,7 @@ def _add_legacy_requests(server: MCPServer[Any]) -> None:
     async def accepted(_: ServerRequestContext[Any], __: RequestParams) -> EmptyResult:
         return EmptyResult()
 
-    lowlevel = server._lowlevel_server  # MCPServer itself has no way to add these  # pyright: ignore[reportPrivateUsage]
+    lowlevel = server._lowlevel_server  # MCPServer itself has no way to add these
     lowlevel.add_request_handler("logging/setLevel", SetLevelRequestParams, accepted)
     lowlevel.add_request_handler("resources/subscribe", SubscribeRequestParams, accepted)
     lowlevel.add_request_handler("resources/unsubscribe", UnsubscribeRequestParams, accepted)
@@ -357,7 +357,7 @@ def _add_schemas(server: MCPServer[Any]) -> None:
 
     tool = Tool.from_function(json_schema_2020_12_tool, description="Has an input schema of many keywords")
     tool.parameters = SCHEMA_2020_12
-    server._tool_manager._tools[tool.name] = tool  # its schema is not that of a function  # pyright: ignore
+    server._tool_manager._tools[tool.name] = tool  # its schema is not that of a function
 
     @server.tool(description="Takes an argument that is also sent as a header")
     async def test_custom_header(

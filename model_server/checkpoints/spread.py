@@ -117,7 +117,8 @@ class Spread:
         rest = {name: main for name, _ in _pieces(model, set(places))}
         folder = None if self.folder is None else str(self.folder)
         with warnings.catch_warnings():
-            # Parameters that stand beside modules must be named and are no modules.
+            # Parameters that stand beside modules must be named and are no modules. The call takes numbers of devices
+            # too, which its annotations leave out.
             warnings.filterwarnings("ignore", "The following device_map keys do not match any submodules")
             dispatch_model(model, {**rest, **places}, main_device=main, offload_dir=folder)  # pyright: ignore[reportArgumentType]
         return model

@@ -133,4 +133,5 @@ def _load_dense(folder: Path, config: ModelConfig, device: str) -> tuple[DenseBr
         raise WeightsError(f"{folder}: its {DENSE_CALIBRATION} cannot be read: {error}") from error
     except (SafetensorError, RuntimeError) as error:
         raise WeightsError(f"{folder}/{DENSE_TENSORS} does not fit {CONFIG}: {error}") from error
-    return branch.to(memory_format=torch.channels_last).eval().requires_grad_(False), calibration  # pyright: ignore[reportCallIssue]
+    branch.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (missing in the stubs)
+    return branch.eval().requires_grad_(False), calibration

@@ -117,7 +117,7 @@ class _Total(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # whose type makes `ctx` positional
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         out = grad_outputs[0].contiguous().clone()
         distributed.all_reduce(out)

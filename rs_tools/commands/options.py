@@ -124,6 +124,6 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=options[name])
         for name, default in fields.items()
     ]
-    spread_out.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    vars(spread_out)["__signature__"] = inspect.Signature(parameters)  # where inspect, and so typer, looks first
     spread_out.__annotations__ = {one.name: one.annotation for one in parameters}
     return spread_out

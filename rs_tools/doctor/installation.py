@@ -75,10 +75,11 @@ def _requirements() -> list[_Requirement]:
     found = []
     for line in importlib.metadata.requires(PROJECT) or []:
         wanted, _, marker = line.partition(";")
-        name, bounds = re.fullmatch(r"([\w.-]+)(?:\[[^]]*])?\s*(.*)", wanted.strip()).groups()  # type: ignore[union-attr]
+        wanted = re.sub(r"\[.*?]", "", wanted.strip())  # pyjwt[crypto]>=2.10
+        name = re.split(r"[^\w.-]", wanted, maxsplit=1)[0]
         extra = re.search(r"extra\s*==\s*[\"']([\w-]+)", marker)
         if name != PROJECT:
-            found.append(_Requirement(name, bounds.strip("() "), extra[1] if extra else ""))
+            found.append(_Requirement(name, wanted.removeprefix(name).strip("() "), extra[1] if extra else ""))
     return found
 
 

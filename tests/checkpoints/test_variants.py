@@ -17,7 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
+from model_server.checkpoints.__main__ import app
 from model_server.checkpoints.adapters import fusar, mfrsvlm, rsunivlm
 from model_server.checkpoints.published import Plan
 from model_server.model.llava import IMAGE
@@ -79,52 +81,111 @@ def merged(base: Tensor, tiles: Tensor, newline: Tensor, size: tuple[int, int], 
     return torch.cat([base, *(torch.cat((row, newline[None])) for row in grid)])
 
 
-@pytest.mark.parametrize(("size", "grid", "most"), [((700, 300), (2, 1), 9), ((760, 700), (2, 2), 2)])
+@pytest.mark.parametrize(
+    ("size", "grid", "most", "tied"), [((700, 300), (2, 1), 9, True), ((760, 700), (2, 2), 2, False)]
+)
 def test_rsunivlm_with_tiles_newlines_and_other_sizes(
-    tmp_path: Path, size: tuple[int, int], grid: tuple[int, int], most: int
+    tmp_path: Path, size: tuple[int, int], grid: tuple[int, int], most: int, tied: bool
 ) -> None:
     vision = {
         "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 30, "image_size": 55,
         "patch_size": 2, "layer_norm_eps": 1e-4,
     }  # fmt: skip
+    text = {**TEXT, "tie_word_embeddings": tied}
     config = {
-        **TEXT, "model_type": "llava_qwen_gmoe", "mm_projector_type": "mlp2x_gelu", "mm_vision_tower": "tower",
+        **text, "model_type": "llava_qwen_gmoe", "mm_projector_type": "mlp2x_gelu", "mm_vision_tower": "tower",
         "mm_patch_merge_type": "spatial_unpad", "image_aspect_ratio": f"anyres_max_{most}",
         "image_grid_pinpoints": "(1x1),...,(3x3)",
     }  # fmt: skip
-    (tmp_path / "tower").mkdir()
-    (tmp_path / "tower" / "config.json").write_text(json.dumps({"model_type": "siglip", "vision_config": vision}))
-    tensors = write(tmp_path, config, rsunivlm.plan(rsunivlm.read_config(tmp_path, config)))
-    model, report = rsunivlm.load(tmp_path)
-    assert report.fits
+    checkpoint = tmp_path / "checkpoint"
+    (checkpoint / "tower").mkdir(parents=True)
+    (checkpoint / "tower" / "config.json").write_text(json.dumps({"model_type": "siglip", "vision_config": vision}))
+    tensors = write(checkpoint, config, rsunivlm.plan(rsunivlm.read_config(checkpoint, config)))
 
     cut = {**vision, "num_hidden_layers": 2, "vision_use_head": False}  # the last layer is dropped
     tower = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**cut)).eval()
     found = part(tensors, rsunivlm.TOWER)
     fits = {name.removeprefix("vision_model."): name for name in tower.state_dict()}
     tower.load_state_dict({fits[name]: t for name, t in found.items()}, strict=False)
+    torch.manual_seed(0)
     columns, rows = grid
-    views = torch.randn(1 + columns * rows, 3, 55, 55)
-    expert = 1
-    decoder = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TEXT)).eval()
+    tiled, single = torch.randn(1 + columns * rows, 3, 55, 55), torch.randn(3, 55, 55)
+    inputs = {
+        "tiles": ([3, 4, IMAGE, 5, 6], [tiled], [size]),
+        "mixed": ([IMAGE, 7, IMAGE], [single, tiled], [(55, 55), size]),
+        "text": ([8, 9, 10], [], None),
+    }
+    tensor: dict[str, Tensor] = {}
+    index: dict[str, Any] = {"inputs": {}, "cases": [], "small_positions": {}}
+    with torch.no_grad():
+        for name, (ids, images, sizes) in inputs.items():
+            row = torch.empty(0, 48)
+            states = [tower(x.view(-1, 3, 55, 55), output_hidden_states=True).hidden_states[-1] for x in images]
+            pictures = [
+                merged(x[0], x[1:], tensors["model.image_newline"], size, columns, rows, most)
+                if len(x) > 1 else torch.cat((x[0], tensors["model.image_newline"][None]))
+                for x in (projected(tensors, state) for state in states)
+            ]  # fmt: skip
+            shown = iter(pictures)
+            for i in ids:
+                row = torch.cat((row, next(shown) if i == IMAGE else tensors["model.embed_tokens.weight"][i][None]))
+            tensor |= {f"in/{name}/image{i}": image for i, image in enumerate(images)}
+            if states:
+                tensor[f"in/{name}/tower"] = torch.cat(states)
+                tensor[f"in/{name}/projector"] = projected(tensors, torch.cat(states))
+            tensor[f"in/{name}/inputs_embeds"] = row[None]
+            index["inputs"][name] = {"input_ids": ids, "n_images": len(images), "image_sizes": sizes}
+            for granularity in (0, 2) if name == "text" else (1,):
+                ended = generated(qwen2(text, tensors, granularity), row, 3)
+                case = f"{name}/g{granularity}"
+                tensor |= {f"out/{case}/{key}": value for key, value in ended.items()}
+                index["cases"].append(
+                    {"name": case, "input": name, "granularity": granularity, "light": False,
+                     "generated_ids": ended["generated"][0].tolist()}
+                )  # fmt: skip
+    save_file({name: t.clone().contiguous() for name, t in tensor.items()}, tmp_path / "cases.safetensors")
+    (tmp_path / "cases.json").write_text(json.dumps(index))
+    verified(tmp_path)
+
+
+def qwen2(text: dict[str, Any], tensors: dict[str, Tensor], expert: int) -> Any:
+    """`transformers`' Qwen2 with the feed-forward layers of one expert."""
+    decoder = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**text, attn_implementation="eager")).eval()
     chosen = {
         name.replace(f".mlp.{expert}.", ".mlp."): t
         for name, t in tensors.items()
         if ".mlp." not in name or f".mlp.{expert}." in name
     }
     missing = decoder.load_state_dict(chosen, strict=False).missing_keys
-    assert not missing
-    ids = [3, 4, IMAGE, 5, 6]
-    with torch.no_grad():
-        features = projected(tensors, tower(views, output_hidden_states=True).hidden_states[-1])
-        picture = merged(features[0], features[1:], tensors["model.image_newline"], size, columns, rows, most)
-        embed = decoder.get_input_embeddings()
-        row = torch.cat((embed(torch.tensor([3, 4])), picture, embed(torch.tensor([5, 6]))))
-        wanted = decoder(inputs_embeds=row[None]).logits
-        prompt = model.prompt([torch.tensor(ids)], [model.encode([views], [size])])
-        logits = model.decoder.logits(model(prompt, torch.tensor([expert])))
-    torch.testing.assert_close(prompt.embeddings[0], row, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+    assert missing == (["lm_head.weight"] if text["tie_word_embeddings"] else [])
+    return decoder
+
+
+def generated(decoder: Any, row: Tensor, steps: int) -> dict[str, Tensor]:
+    """What was recorded of a case: layers and logits of a sequence [T, D], and greedy decoding by whole passes."""
+    layers = [layer.register_forward_hook(_kept) for layer in decoder.model.layers]
+    out = decoder(inputs_embeds=row[None], output_hidden_states=True, use_cache=False)
+    found = {f"hidden_layer{i}": layer.kept for i, layer in enumerate(decoder.model.layers)}
+    for handle in layers:
+        handle.remove()
+    found |= {"hidden_norm": out.hidden_states[-1], "logits": out.logits}
+    ids, logits = [], []
+    for _ in range(steps):
+        logits.append(decoder(inputs_embeds=row[None], use_cache=False).logits[0, -1])
+        ids.append(int(logits[-1].argmax()))
+        row = torch.cat((row, decoder.get_input_embeddings()(torch.tensor(ids[-1:]))))
+    return {**found, "generated": torch.tensor([ids]), "step_logits": torch.stack(logits)}
+
+
+def _kept(layer: Any, _: Any, output: Any) -> None:
+    layer.kept = output[0] if isinstance(output, tuple) else output
+
+
+def verified(folder: Path) -> None:
+    """The command passes, and compares all that was recorded."""
+    result = CliRunner().invoke(app, ["verify", str(folder)])
+    assert result.exit_code == 0, result.output
+    assert "recorded but not compared" not in result.output, result.output
 
 
 # --- MF-RSVLM: windows, taps, injected layers ------------------------------------------------------------------------
@@ -255,7 +316,7 @@ def test_fusar_with_another_sigma_width_and_lora_rank(oracles: Path, tmp_path: P
     target = "base_model.model.model.language_model.layers.1.mlp.down_proj."
     wanted = base["model.layers.1.mlp.down_proj.weight"]
     wanted = wanted + alpha / rank * lora[f"{target}lora_B.weight"] @ lora[f"{target}lora_A.weight"]
-    torch.testing.assert_close(model.decoder.blocks[1].experts.experts[0].down.weight, wanted)  # pyright: ignore
+    torch.testing.assert_close(model.state_dict()["decoder.blocks.1.experts.experts.0.down.weight"], wanted)
 
     side, vectors, places = 10, torch.randn(3, 64), torch.tensor([[0.1, 0.2], [0.5, 0.9], [1.0, 0.0]])
     patches = torch.randn(side * side, 1176)

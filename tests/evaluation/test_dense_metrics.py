@@ -83,7 +83,7 @@ def test_the_best_threshold_leaves_out_the_false_boxes_below_it() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_ap_equals_pycocotools(seed: int) -> None:
     coco_module = pytest.importorskip("pycocotools.coco", reason="pycocotools is not installed")
-    from pycocotools.cocoeval import COCOeval  # pyright: ignore[reportMissingImports]
+    from pycocotools.cocoeval import COCOeval  # pyright: ignore[reportMissingImports] (of an extra)
 
     def annotation(box: np.ndarray, number: int, which: int) -> dict:
         x1, y1, x2, y2 = (float(v) for v in box)

@@ -12,6 +12,8 @@ from toy import write_toy
 
 from model_server.evaluation.gallery import PAGES, Error, gallery_section, run, worst, worst_corner
 from model_server.evaluation.gallery_page import MOST_BYTES, SIDE, Page, Panel, draw, wrapped
+from model_server.protocol import TileCaption, TileClasses, TileVqa
+from model_server.query import Query
 
 
 def panel() -> Panel:
@@ -69,7 +71,7 @@ def test_every_kind_of_error_gets_a_page_and_sets_of_unclear_terms_none(tmp_path
                                            "mask_classes": {"0": "background", "1": "forest"}}])  # fmt: skip
 
     class Wrong(ScriptedDense):
-        def _one(self, query):  # type: ignore[no-untyped-def]
+        def _one(self, query: Query) -> TileCaption | TileVqa | TileClasses:
             answer = super()._one(query)
             return answer.model_copy(update={"answer": "perhaps"}) if query.task == "vqa" else answer
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import httpx2
@@ -25,14 +26,14 @@ class Service:
     url: str
     log: Path
 
-    def post(self, path: str = "/mcp", *, token: str | None = None, **options: object) -> httpx.Response:
+    def post(self, path: str = "/mcp", *, token: str | None = None, **options: Any) -> httpx.Response:
         """A bare request: a ping, unless `options` of httpx say otherwise."""
-        headers = ACCEPT | dict(options.pop("headers", {}))  # type: ignore[call-overload]
+        headers = ACCEPT | dict(options.pop("headers", {}))
         if token is not None:
             headers["Authorization"] = f"Bearer {token}"
         if not options.keys() & {"json", "content"}:
             options["json"] = CALL
-        return httpx.post(self.url + path, headers=headers, trust_env=False, timeout=60, **options)  # type: ignore[arg-type]
+        return httpx.post(self.url + path, headers=headers, trust_env=False, timeout=60, **options)
 
     def get(self, path: str, **headers: str) -> httpx.Response:
         return httpx.get(self.url + path, headers=headers, trust_env=False, timeout=60)

@@ -54,9 +54,8 @@ class AuthorizationServer(http.server.ThreadingHTTPServer):
 
 
 class Publisher(http.server.BaseHTTPRequestHandler):
-    server: AuthorizationServer  # type: ignore[reportIncompatibleVariableOverride]
-
     def do_GET(self) -> None:
+        assert isinstance(self.server, AuthorizationServer)
         self.server.asked.append(self.path)
         published = self.server.publish(self.path)
         self.send_response(404 if published is None else 200)

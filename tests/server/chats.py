@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+
+if TYPE_CHECKING:
+    from openai.types.chat import ChatCompletionContentPartParam, ChatCompletionUserMessageParam
 
 
 def data_url(picture: np.ndarray, kind: str = "png") -> str:
@@ -17,7 +20,14 @@ def data_url(picture: np.ndarray, kind: str = "png") -> str:
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def user(text: str | None, *urls: str) -> dict[str, Any]:
-    """A message of the user: images, then a text."""
-    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-    return {"role": "user", "content": [*parts, *([{"type": "text", "text": text}] if text is not None else [])]}
+def content(text: str | None, *urls: str) -> list[ChatCompletionContentPartParam]:
+    """Images, then a text."""
+    parts: list[ChatCompletionContentPartParam] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    if text is not None:
+        parts.append({"type": "text", "text": text})
+    return parts
+
+
+def user(text: str | None, *urls: str) -> ChatCompletionUserMessageParam:
+    """A message of the user."""
+    return {"role": "user", "content": content(text, *urls)}

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import zlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ def asked(text: str | None, *urls: str, **fields: Any) -> PerceiveRequest:
     return read_chat(body([user(text, *(urls or (URL,)))], **fields), "nano").request
 
 
-def body(messages: list[dict[str, Any]], **fields: Any) -> bytes:
+def body(messages: Sequence[Mapping[str, Any]], **fields: Any) -> bytes:
     return json.dumps({"model": "nano", "messages": messages, **fields}).encode()
 
 

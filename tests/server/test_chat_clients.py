@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from chats import data_url, user
+from chats import content, data_url, user
 from langchain_core.messages import HumanMessage
 from langchain_openai import ChatOpenAI
 from openai.types.chat import ChatCompletion
@@ -42,7 +42,7 @@ def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
 
 
 def ask(client: openai.OpenAI, text: str | None, *urls: str, **fields: Any) -> ChatCompletion:
-    return client.chat.completions.create(model="debug", messages=[user(text, *(urls or (URL,)))], **fields)  # type: ignore[arg-type]
+    return client.chat.completions.create(model="debug", messages=[user(text, *(urls or (URL,)))], **fields)
 
 
 def text_of(completion: ChatCompletion) -> str:
@@ -105,7 +105,7 @@ def test_a_stream_is_the_same_answer_word_by_word_and_ends_with_usage(client: op
 
 def ask_stream(client: openai.OpenAI) -> Iterator[Any]:
     yield from client.chat.completions.create(
-        model="debug", messages=[user(None, URL)], stream=True, stream_options={"include_usage": True}  # type: ignore[arg-type]
+        model="debug", messages=[user(None, URL)], stream=True, stream_options={"include_usage": True}
     )
 
 
@@ -144,7 +144,7 @@ def test_errors_are_those_of_openai_with_the_field_that_is_wrong(client: openai.
         "bad_request", "messages", "invalid_request_error",
     )  # fmt: skip
     with pytest.raises(openai.NotFoundError, match="'debug' is") as unknown:
-        client.chat.completions.create(model="gpt", messages=[user(None, URL)])  # type: ignore[list-item]
+        client.chat.completions.create(model="gpt", messages=[user(None, URL)])
     assert unknown.value.code == "model_not_found"
 
 
@@ -172,7 +172,7 @@ def langchain(server: ServerProcess) -> ChatOpenAI:
 
 
 async def test_langchain_asks_and_finds_the_confidence(langchain: ChatOpenAI, client: openai.OpenAI) -> None:
-    message = HumanMessage(content=user(VQA.text, URL)["content"])
+    message = HumanMessage(content=[dict(part) for part in content(VQA.text, URL)])
     answer = await langchain.bind(logprobs=True).ainvoke([message])
     reference = ask(client, VQA.text)
     assert answer.content == text_of(reference)
@@ -184,7 +184,7 @@ async def test_langchain_asks_and_finds_the_confidence(langchain: ChatOpenAI, cl
 
 
 def test_langchain_streams(langchain: ChatOpenAI) -> None:
-    message = HumanMessage(content=user(None, URL)["content"])
+    message = HumanMessage(content=[dict(part) for part in content(None, URL)])
     pieces = [chunk.content for chunk in langchain.stream([message])]
     assert "".join(map(str, pieces)) == langchain.invoke([message]).content
     assert len(pieces) > 2

@@ -57,7 +57,10 @@ def test_a_mask_tints_its_pixels_only_and_nodata_stays_clear() -> None:
     mask[32:96, 64:96] = 255
     pixels = seen(render(rgb, (0, 0, 256, 256), mask=mask, classes={2: "water"}))
     scale = pixels.shape[1] / 256
-    at = lambda x, y: pixels[round(y * scale), round(x * scale)]  # noqa: E731
+
+    def at(x: int, y: int) -> np.ndarray:
+        return pixels[round(y * scale), round(x * scale)]
+
     tinted = 100 + 0.4 * (np.array(class_color(2)) - 100)
     np.testing.assert_allclose(at(96, 128), tinted, atol=12)
     np.testing.assert_allclose(at(160, 128), [100, 100, 100], atol=12)

@@ -48,21 +48,21 @@ class Server(http.server.ThreadingHTTPServer):
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: Server  # pyright: ignore[reportIncompatibleVariableOverride]  # only a Server makes handlers
 
     def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        if path in self.server.behave:
-            return self.server.behave[path](self)
-        if path not in self.server.files:
+        server, path = self.server, self.path.partition("?")[0]
+        assert isinstance(server, Server)
+        if path in server.behave:
+            return server.behave[path](self)
+        if path not in server.files:
             return self.answer(404, {}, b"")
-        data = self.server.files[path]
+        data = server.files[path]
         start, end = (int(part) for part in self.headers["Range"].removeprefix("bytes=").split("-"))
         piece = data[start : end + 1]
-        self.server.ranges.append((start, len(piece)))
+        server.ranges.append((start, len(piece)))
         headers = {
             "Content-Range": f"bytes {start}-{start + len(piece) - 1}/{len(data)}",
-            "ETag": self.server.versions.get(path, '"1"'),
+            "ETag": server.versions.get(path, '"1"'),
         }
         return self.answer(206, headers, piece)
 

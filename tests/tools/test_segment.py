@@ -20,7 +20,6 @@ from rasters import REPOSITORY, UTM, features, size, write
 
 from model_server.protocol import PerceiveRequest, PerceiveResponse
 from rs_tools.errors import DeadlinePassed, InputError, ServerBusy, ServerError
-from rs_tools.looking import Progress
 from rs_tools.results import SegmentResult
 from rs_tools.summary import headline
 from rs_tools.tools import Tools
@@ -200,7 +199,10 @@ async def test_areas_beyond_what_a_file_of_outlines_holds_and_areas_in_parts_are
 
 async def test_progress_is_told_in_looks(tools: Tools, model: PlantedModel) -> None:
     told: list[tuple[int, int]] = []
-    hear: Progress = lambda done, total, _: told.append((done, total))  # noqa: E731
+
+    def hear(done: int, total: int, message: str) -> None:
+        told.append((done, total))
+
     await tools.segment("lake.tif", ["water"], progress=hear)
     tiles = len(model.tiles)
     assert told[0] == (0, tiles)

@@ -245,7 +245,7 @@ async def test_top_k_out_of_range_is_an_error_with_the_range(tools: Tools, top_k
 
 async def test_an_unknown_detail_is_an_error_with_the_choices(tools: Tools) -> None:
     with pytest.raises(InputError, match="'short' or 'full'"):
-        await tools.caption("a.tif", detail="long")  # type: ignore[arg-type]
+        await tools.caption("a.tif", detail="long")  # pyright: ignore[reportArgumentType] (what is tested)
 
 
 async def test_a_bad_region_or_file_never_reaches_the_model(tools: Tools, client: ScriptedClient) -> None:

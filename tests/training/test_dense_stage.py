@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,9 +46,9 @@ def start_run(folder: Path) -> None:
     torch.save({"average": backbone, "vocabulary": vocabulary}, folder / "vision.pt")
 
 
-def settings(data: Path, run: Path, **other: object) -> DenseRun:
+def settings(data: Path, run: Path, **other: Any) -> DenseRun:
     small = DenseRun(data=data, run=run, config="debug", steps=6, batch=3, side=SIDE, bf16=False, validate_minutes=1e6)
-    return dataclasses.replace(small, **other)  # pyright: ignore[reportArgumentType]
+    return dataclasses.replace(small, **other)
 
 
 def bank() -> PhraseBank:
@@ -85,8 +86,8 @@ def test_other_light_changes_values_and_leaves_edges_where_they_are() -> None:
     assert all(len(out[c, :, :8].unique()) == 1 and len(out[c, :, 8:].unique()) == 1 for c in range(3))
 
 
-def record(name: str, **other: object) -> Record:
-    return Record(id="x", set=name, split="train", images=(), width=9, height=9, **other)  # pyright: ignore[reportArgumentType]
+def record(name: str, **other: Any) -> Record:
+    return Record(id="x", set=name, split="train", images=(), width=9, height=9, **other)
 
 
 def test_what_a_set_may_hold_without_a_label_is_never_a_counter_example() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,9 +65,9 @@ def weights(debug_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-def settings(data: Path, run: Path, weights: Path, **other: object) -> RegionRun:
+def settings(data: Path, run: Path, weights: Path, **other: Any) -> RegionRun:
     small = RegionRun(data=data, run=run, weights=weights, steps=6, batch=4, bf16=False)
-    return dataclasses.replace(small, **other)  # pyright: ignore[reportArgumentType]
+    return dataclasses.replace(small, **other)
 
 
 def test_boxes_are_written_in_reading_order_and_nothing_as_none() -> None:

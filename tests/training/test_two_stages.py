@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
@@ -42,10 +44,10 @@ def some_anchors() -> Anchors:
     return Anchors.of([(vectors, torch.rand(4, 2, generator=generator))], 64)
 
 
-def trained(model: QwenVLM, stage: str, steps: int = 3) -> dict[str, bool]:
+def trained(model: QwenVLM, stage: Literal["knowledge", "tasks"], steps: int = 3) -> dict[str, bool]:
     """Whether each part changed: the adaptations, the modulation, and all else."""
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    names = train_only(model, stage)  # pyright: ignore[reportArgumentType] (a name of either stage)
+    names = train_only(model, stage)
     optimiser = torch.optim.AdamW([p for n, p in model.named_parameters() if n in names], lr=1e-2)
     for _ in range(steps):
         said = logits(model, some_anchors())[0, -ANSWERS - 1 : -1]
