@@ -82,7 +82,7 @@ def merged(base: Tensor, tiles: Tensor, newline: Tensor, size: tuple[int, int], 
 
 
 @pytest.mark.parametrize(
-    ("size", "grid", "most", "tied"), [((700, 300), (2, 1), 9, True), ((760, 700), (2, 2), 2, False)]
+    ("size", "grid", "most", "tied"), [((700, 100), (2, 1), 9, True), ((760, 400), (2, 2), 1, False)]
 )
 def test_rsunivlm_with_tiles_newlines_and_other_sizes(
     tmp_path: Path, size: tuple[int, int], grid: tuple[int, int], most: int, tied: bool
@@ -112,9 +112,10 @@ def test_rsunivlm_with_tiles_newlines_and_other_sizes(
     tiled, single = torch.randn(1 + columns * rows, 3, 55, 55), torch.randn(3, 55, 55)
     inputs = {
         "tiles": ([3, 4, IMAGE, 5, 6], [tiled], [size]),
-        "mixed": ([IMAGE, 7, IMAGE], [single, tiled], [(55, 55), size]),
         "text": ([8, 9, 10], [], None),
     }
+    if tied:
+        inputs["mixed"] = ([IMAGE, 7, IMAGE], [single, tiled], [(55, 55), size])
     tensor: dict[str, Tensor] = {}
     index: dict[str, Any] = {"inputs": {}, "cases": [], "small_positions": {}}
     with torch.no_grad():
@@ -136,7 +137,7 @@ def test_rsunivlm_with_tiles_newlines_and_other_sizes(
             tensor[f"in/{name}/inputs_embeds"] = row[None]
             index["inputs"][name] = {"input_ids": ids, "n_images": len(images), "image_sizes": sizes}
             for granularity in (0, 2) if name == "text" else (1,):
-                ended = generated(qwen2(text, tensors, granularity), row, 3)
+                ended = generated(qwen2(text, tensors, granularity), row, 3 if name == "text" else 1)
                 case = f"{name}/g{granularity}"
                 tensor |= {f"out/{case}/{key}": value for key, value in ended.items()}
                 index["cases"].append(
@@ -240,53 +241,80 @@ def injected(own: dict[str, Tensor], rank: int, hidden: Tensor, stacks: Tensor) 
     return hidden + own["residual_scale"][rank] * gate * linear(mixed, f"detail_proj.{rank}")
 
 
-def test_mf_rsvlm_with_other_windows_taps_layers_and_grouped_heads(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("patch", "given", "sides", "aspect"), [(24, [0.5, 1.0], [7, 14], "square"), (56, [0.4], [6, 2], "pad")]
+)
+def test_mf_rsvlm_with_other_windows_taps_layers_and_grouped_heads(
+    tmp_path: Path, patch: int, given: list[float], sides: list[int], aspect: str
+) -> None:
+    """0.5 of 14 tokens are 7, an odd number; 0.4 of 6 are 2.4, so 2, and the full scale then comes first."""
     vision = {
         "model_type": "clip_vision_model", "hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3,
-        "intermediate_size": 30, "image_size": 336, "patch_size": 56, "hidden_act": "gelu", "layer_norm_eps": 1e-4,
+        "intermediate_size": 30, "image_size": 336, "patch_size": patch, "hidden_act": "gelu", "layer_norm_eps": 1e-4,
     }  # fmt: skip
     config = {
         **TEXT, "model_type": "vhm", "mm_projector_type": "mlp2x_gelu", "mm_vision_tower": "tower",
-        "mm_vision_select_layer": [-2], "image_aspect_ratio": "square", "deepstack_window_scales": [0.4],
+        "mm_vision_select_layer": [-2], "image_aspect_ratio": aspect, "deepstack_window_scales": given,
         "deepstack_detail_layers": [0.75, -3, 1.0], "deepstack_injection_layers": [2, 0, 9],
     }  # fmt: skip
-    (tmp_path / "tower").mkdir()
-    (tmp_path / "tower" / "config.json").write_text(json.dumps(vision))
-    ours = mfrsvlm.read_config(config, {}, tmp_path / "tower")
-    tensors = write(tmp_path, config, mfrsvlm.plan(ours), leave=mfrsvlm.TOWER)
-    save_file(part(tensors, " ") | {n: t for n, t in tensors.items() if n.startswith(mfrsvlm.TOWER)},
-              tmp_path / "tower" / "model.safetensors")  # fmt: skip
-    model, report = mfrsvlm.load(tmp_path)
-    assert report.fits
+    checkpoint = tmp_path / "checkpoint"
+    (checkpoint / "tower").mkdir(parents=True)
+    (checkpoint / "tower" / "config.json").write_text(json.dumps(vision))
+    (checkpoint / "tower" / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3]}))
+    ours = mfrsvlm.read_config(config, {}, checkpoint / "tower")
+    tensors = write(checkpoint, config, mfrsvlm.plan(ours), leave=mfrsvlm.TOWER)
+    save_file({n: t for n, t in tensors.items() if n.startswith(mfrsvlm.TOWER)},
+              checkpoint / "tower" / "model.safetensors")  # fmt: skip
 
     clip = {name: value for name, value in vision.items() if name != "model_type"}
     tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**clip)).eval()
     fits = {name.removeprefix("vision_model."): name for name in tower.state_dict()}
     tower.load_state_dict({fits[n]: t for n, t in part(tensors, mfrsvlm.TOWER).items()}, strict=False)
-    decoder = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)).eval()
+    decoder = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT, attn_implementation="eager")).eval()
     assert not decoder.load_state_dict(tensors, strict=False).missing_keys
-    image = torch.randn(1, 3, 112, 112)
+    torch.manual_seed(0)
+    ids = {"ids1": [1, 5, IMAGE, 6], "ids_text": [1, 7, 8]}
+    image = torch.randn(1, 3, 112, 56)  # higher than wide
+    view = F.interpolate(image, (336, 336), mode="bilinear", align_corners=False)
+    if aspect == "pad":
+        view = torch.tensor([0.1, 0.2, 0.3])[None, :, None, None].repeat(1, 1, 336, 336)
+        view[..., 84:252] = F.interpolate(image, (336, 168), mode="bilinear", align_corners=False)
+    own = part(tensors, "model.deepstack_")
     with torch.no_grad():
-        squashed = F.interpolate(image, (336, 336), mode="bilinear", align_corners=False)
-        tokens = projected(tensors, tower(squashed, output_hidden_states=True).hidden_states[-2][:, 1:])[0]
-        # 0.4 of 6 tokens is 2.4: a window of 2; the full scale comes first. Taps: 0.75 * 4, 4 - 3 and the last.
-        stacks = projected(tensors, stacks_of(tower, image, 56, [6, 2], [1, 3, 4]))
-        own = part(tensors, "model.deepstack_")
+        raw = tower(view, output_hidden_states=True).hidden_states[-2][:, 1:]
+        tokens = projected(tensors, raw)
+        # Taps: 0.75 * 4, 4 - 3 and the last.
+        taken = stacks_of(tower, image, patch, sides, [1, 3, 4])
+        stacks = projected(tensors, taken)
+        visual = tokens.shape[1]
+        recorded = {"ids_text": generated(decoder, decoder.get_input_embeddings()(torch.tensor(ids["ids_text"])), 3)}
         for rank, layer in enumerate((0, 2)):  # the list holds a 0: it counts from there; 9 is none of three
             decoder.model.layers[layer].register_forward_pre_hook(
                 lambda _, args, rank=rank: (
-                    torch.cat((injected(own, rank, args[0][0, :36], stacks), args[0][0, 36:]))[None], *args[1:],
+                    torch.cat((injected(own, rank, args[0][0, :visual], stacks), args[0][0, visual:]))[None], *args[1:],
                 )
             )  # fmt: skip
-        row = torch.cat((tokens, decoder.get_input_embeddings()(torch.tensor([1, 5, 6]))))
-        wanted = decoder(inputs_embeds=row[None]).logits
-        encoded = model.encode([image])
-        prompt = model.prompt([torch.tensor([1, 5, IMAGE, 6])], [encoded])
-        logits = model.decoder.logits(model(prompt, torch.tensor([0])))
-    assert encoded[0].stacks is not None
-    torch.testing.assert_close(encoded[0].stacks, stacks, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(prompt.embeddings[0], row, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+        row = torch.cat((tokens[0], decoder.get_input_embeddings()(torch.tensor([1, 5, 6]))))
+        recorded["ids1"] = generated(decoder, row, 3)
+    listed = {}
+    for case, name in (("c1", "ids1"), ("c6", "ids_text")):
+        found = recorded[name]
+        tensor = {f"layer{i}.out": found[f"hidden_layer{i}"] for i in range(3)}
+        tensor |= {"final_norm": found["hidden_norm"], "logits": found["logits"]}
+        tensor |= {"greedy_ids": found["generated"], "greedy_step_logits": found["step_logits"][None]}
+        tensor["greedy_sequences"] = torch.tensor([[*ids[name], *found["generated"][0].tolist()]])
+        if case == "c1":
+            tensor |= {"inputs_embeds": row[None], "global_raw": raw, "global_proj": tokens}
+        listed[case] = tensor
+    listed["stacks_raw_c1"] = {f"stack{i:02d}": stack for i, stack in enumerate(taken)}
+    listed["stacks_proj_c1"] = {f"stack{i:02d}": stack for i, stack in enumerate(stacks)}
+    for case, tensor in listed.items():
+        save_file({n: t.clone().contiguous() for n, t in tensor.items()}, tmp_path / f"{case}.safetensors")
+    given_ids = {name: torch.tensor([row]) for name, row in ids.items()}
+    save_file({**given_ids, "px1": image}, tmp_path / "inputs.safetensors")
+    about = {"cases": {case: {"file": f"{case}.safetensors"} for case in listed}}
+    (tmp_path / "cases.json").write_text(json.dumps(about))
+    verified(tmp_path)
 
 
 # --- FUSAR-GPT: sigma, width of the modulation, LoRA rank ------------------------------------------------------------
