@@ -26,7 +26,7 @@ from model_server.dense.perceiver import DensePerceiver
 from model_server.model.attention import Backend
 from model_server.model.experts import ROUTES, route
 from model_server.model.generate import Hypothesis
-from model_server.model.packed import can_pack, pack
+from model_server.model.packed import can_pack, pack, pack_decoder, pack_projections
 from model_server.model.seen import Seen, prefixes, see
 from model_server.model.slots import Lane, Prefix, prefill
 from model_server.model.vision import square
@@ -113,6 +113,8 @@ class Perceiver:
         self.dense: DensePerceiver | None = None
         if can_pack(self.device):
             pack(self.model.backbone.blocks)
+            pack_decoder(self.model.decoder)
+            pack_projections(self.model.sentence)
             if loaded.dense is not None:
                 pack(loaded.dense.blocks)
         if loaded.dense is not None:

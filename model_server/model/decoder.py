@@ -90,4 +90,4 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., W] -> [..., vocabulary]."""
-        return F.linear(hidden, self.embed.weight if self.head is None else self.head.weight)
+        return F.linear(hidden, self.embed.weight) if self.head is None else self.head(hidden)

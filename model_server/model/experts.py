@@ -39,6 +39,11 @@ def route(token: str, experts: Sequence[str]) -> int:
     return list(experts).index(ROUTES[token])
 
 
+def _wanted(expert: Tensor, experts: int) -> list[int]:
+    """The rows of `expert` once each; of a single expert they are not looked at."""
+    return [0] if experts == 1 else expert.unique().tolist()
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
@@ -61,7 +66,7 @@ class GranularExperts(nn.Module):
 
     def forward(self, x: Tensor, expert: Tensor) -> Tensor:
         """x [B, T, D]; expert int [B] on the CPU, the row of each sequence's expert."""
-        wanted = expert.unique().tolist()
+        wanted = _wanted(expert, len(self.experts))
         if len(wanted) == 1:
             return self.experts[wanted[0]](x)
         out = torch.empty_like(x)
@@ -105,7 +110,7 @@ class LowRankExperts(nn.Module):
         return self._add(self.shared.down(hidden), hidden, expert, "down")
 
     def _add(self, y: Tensor, x: Tensor, expert: Tensor, name: str) -> Tensor:
-        wanted = expert.unique().tolist()
+        wanted = _wanted(expert, len(self.deltas))
         if len(wanted) == 1:
             return y + self.deltas.get_submodule(f"{wanted[0]}.{name}")(x)
         for e in wanted:
