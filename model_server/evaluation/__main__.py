@@ -19,6 +19,7 @@ from model_server.evaluation.classification import evaluate_classes
 from model_server.evaluation.counting import evaluate_counts
 from model_server.evaluation.dataset import EvaluatedSet, read_set
 from model_server.evaluation.grounding import evaluate_grounding
+from model_server.evaluation.options import named
 from model_server.evaluation.referring import evaluate_referring
 from model_server.evaluation.report import markdown, print_tables
 from model_server.evaluation.results import Results
@@ -98,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m model_server.evaluation", description="Measure the model on labelled data."
     )
     arguments.add_argument("data_dir", type=Path, help="folder of sets, each with a records.jsonl")
-    arguments.add_argument("--sets", type=_names, required=True, help="comma-separated, e.g. ucm,rsicd_aid")
+    arguments.add_argument("--sets", type=named, required=True, help="comma-separated, e.g. ucm,rsicd_aid")
     arguments.add_argument("--split", default="val")
     arguments.add_argument("--tasks", type=_tasks, default=list(TASKS), help=f"of {','.join(TASKS)}; default all")
     arguments.add_argument("--out", type=Path, required=True, help="JSON file for the results")
@@ -114,12 +115,8 @@ def parser() -> argparse.ArgumentParser:
     return arguments
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
 def _tasks(text: str) -> list[str]:
-    names = _names(text)
+    names = named(text)
     if not names or not set(names) <= TASKS.keys():
         raise argparse.ArgumentTypeError(f"{text!r}: the tasks are {', '.join(TASKS)}")
     return names

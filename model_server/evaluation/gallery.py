@@ -24,6 +24,7 @@ from model_server.evaluation.dense_metrics import ImageBoxes, match_boxes
 from model_server.evaluation.gallery_page import SIDE, Page, Panel, draw, reduced
 from model_server.evaluation.labelled import load_mask, mask_values, true_boxes, words_for
 from model_server.evaluation.looking import as_arrays, changed, look, modality, outline
+from model_server.evaluation.options import Data, Split, Weights, held
 from model_server.evaluation.page import put
 from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver, Query
 from model_server.protocol import TaskNotServed, TileCaption, TileClasses, TileObjects, TileVqa
@@ -317,15 +318,14 @@ def gallery_section(folder: Path) -> list[str]:
 
 @app.command()
 def main(
-    data: Annotated[Path, typer.Argument(help="folder of sets, each with a records.jsonl")],
+    data: Data,
     out: Annotated[Path, typer.Option(help="folder for the pages")],
-    split: Annotated[str, typer.Option()] = "val",
-    weights: Annotated[Path, typer.Option(help="checkpoint; default the embedded one")] = DEFAULT_WEIGHTS,
+    split: Split = "val",
+    weights: Weights = DEFAULT_WEIGHTS,
     limit: Annotated[int | None, typer.Option(help="only this many images of each set", min=1)] = None,
 ) -> None:
     """Draw the pages, name them."""
-    if not set(CREDITS) & set(set_names(data)):
-        raise typer.BadParameter(f"{data} holds none of {', '.join(CREDITS)}; it has {', '.join(set_names(data))}")
+    held(data, CREDITS)
     for path in run(Perceiver.load(weights), data, split, out, limit):
         typer.echo(f"{path}, {path.stat().st_size / 1000:.0f} kB")
     put(out, gallery_section(out))

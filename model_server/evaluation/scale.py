@@ -24,6 +24,7 @@ from model_server.evaluation.dataset import EvaluatedSet, read_set
 from model_server.evaluation.dense_metrics import ImageBoxes, average_precision
 from model_server.evaluation.labelled import true_boxes, words_for
 from model_server.evaluation.looking import as_arrays, look, modality
+from model_server.evaluation.options import Data, Limit, Sets, Split, Weights, held, named
 from model_server.evaluation.page import put
 from model_server.evaluation.plot import line_plot
 from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver, Query
@@ -32,6 +33,7 @@ from model_server.training.records import Record, load_image, set_names
 
 FACTORS = (1, 2, 4, 8)
 SETS = ("ucm", "inshore_ships", "estonia_aerial")
+ALL_SETS = ",".join(SETS)
 LABELS = ("ship", "car")
 JSON, PNG = "scale.json", "scale.png"
 app = typer.Typer(help=__doc__)
@@ -161,17 +163,15 @@ def run(model: Model, data_dir: Path, sets: Sequence[str], split: str, limit: in
 
 @app.command()
 def main(
-    data: Annotated[Path, typer.Argument(help="folder of sets, each with a records.jsonl")],
+    data: Data,
     out: Annotated[Path, typer.Option(help=f"folder for {JSON} and {PNG}")],
-    sets: Annotated[str, typer.Option(help="comma-separated")] = ",".join(SETS),
-    split: Annotated[str, typer.Option()] = "val",
-    weights: Annotated[Path, typer.Option(help="checkpoint; default the embedded one")] = DEFAULT_WEIGHTS,
-    limit: Annotated[int | None, typer.Option(help="this many images of each set, evenly spread", min=1)] = None,
+    sets: Sets = ALL_SETS,
+    split: Split = "val",
+    weights: Weights = DEFAULT_WEIGHTS,
+    limit: Limit = None,
 ) -> None:
     """Measure, print, plot; a page of results beside them gets its section anew."""
-    names = [name.strip() for name in sets.split(",") if name.strip()]
-    if not set(names) & set(set_names(data)):
-        raise typer.BadParameter(f"{data} holds none of {sets}; it has: {', '.join(set_names(data)) or 'none'}")
+    names = held(data, named(sets))
     for curve in run(Perceiver.load(weights), data, names, split, limit, out):
         values = "  ".join(f"x{f} {value:.3f}" for f, value in zip(FACTORS, curve.values, strict=True))
         typer.echo(f"{curve.set:16} {curve.measure:16} n={curve.n:<5} {values}")

@@ -22,6 +22,7 @@ from model_server.evaluation.dataset import EvaluatedSet, read_set
 from model_server.evaluation.grounding import box_figures, found_boxes
 from model_server.evaluation.labelled import box_labels, true_boxes, words_for
 from model_server.evaluation.looking import find
+from model_server.evaluation.options import Data, Limit, Sets, Split, Weights, held, named
 from model_server.evaluation.page import put
 from model_server.evaluation.referring import evaluate_referring
 from model_server.evaluation.results import Results
@@ -132,18 +133,16 @@ def write(figures: Sequence[Figures], steps: int, folder: Path) -> None:
 
 
 def main(
-    data: Annotated[Path, typer.Argument(help="folder of sets, each with a records.jsonl")],
+    data: Data,
     expert: Annotated[Path, typer.Option(help="region.pt of a run")],
     out: Annotated[Path, typer.Option(help=f"folder for {JSON}; its RESULTS.md is brought up to date")],
-    sets: Annotated[str, typer.Option(help="comma-separated")] = ",".join(SETS),
-    split: Annotated[str, typer.Option()] = "val",
-    weights: Annotated[Path, typer.Option(help="checkpoint; default the embedded one")] = DEFAULT_WEIGHTS,
-    limit: Annotated[int | None, typer.Option(help="this many images of each set, evenly spread", min=1)] = None,
+    sets: Sets = ALL_SETS,
+    split: Split = "val",
+    weights: Weights = DEFAULT_WEIGHTS,
+    limit: Limit = None,
 ) -> None:
     """Measure both ways, print, write."""
-    names = [name.strip() for name in sets.split(",") if name.strip()]
-    if not set(names) & set(set_names(data)):
-        raise typer.BadParameter(f"{data} holds none of {sets}; it has: {', '.join(set_names(data)) or 'none'}")
+    names = held(data, named(sets))
     dense = Perceiver.load(weights)
     if "ground" not in dense.tasks:
         raise typer.BadParameter(f"{weights} has no dense branch to compare with; export one into it first")

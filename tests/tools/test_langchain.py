@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,10 +20,10 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_tests.integration_tests import ToolsIntegrationTests
 from langchain_tests.unit_tests import ToolsUnitTests
 from planted import BLUE, RED, PlantedModel, painted
+from planted_server import planted_server
 from rasters import BUNDLED, REPOSITORY, UTM, write
 
 import mcp_server
-from model_server.protocol import decode_request, encode_response
 from rs_tools import results
 from rs_tools.errors import AccessError, RegionError
 from rs_tools.langchain import RemoteSensingToolkit
@@ -42,29 +41,10 @@ EXAMPLES: dict[str, tuple[dict[str, Any], type[results.Result]]] = {
 }
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"  # which keeps connections
-
-    def do_POST(self) -> None:
-        request, tiles = decode_request(self.rfile.read(int(self.headers["Content-Length"])))
-        body = encode_response(asyncio.run(PlantedModel().perceive(request, tiles)))
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        thread = threading.Thread(target=http.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{http.server_port}"
-        http.shutdown()
-        thread.join()
+    with planted_server(PlantedModel) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +237,7 @@ def test_a_toolkit_without_a_folder_cannot_be_made_and_its_token_is_not_printed(
 def test_without_langchain_the_package_works_and_the_module_names_the_extra() -> None:
     program = """
 import sys
+import threading
 sys.modules["langchain_core"] = None
 import rs_tools, rs_tools.tools
 try:
