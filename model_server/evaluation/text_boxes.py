@@ -31,6 +31,7 @@ from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver
 from model_server.training.records import set_names
 from model_server.training.region import SETS
 
+ALL_SETS = ",".join(SETS)
 JSON = "text_boxes.json"
 MEASURES = ("ap50", "ap75", "f1_50", "f1_25")
 TEXT, DENSE, BLIND = "text", "dense heads", "text, blind"
