@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from processes import picture, server_process
 
@@ -45,9 +46,41 @@ def perceive(url: str, request: PerceiveRequest, tiles: tuple[np.ndarray, ...]) 
     return response.status_code, error["code"]
 
 
-def folder_of(family: str, spoken: Callable[..., Path], oracles: Path) -> Path:
+def plain_llava(folder: Path) -> Path:
+    """A tiny LLaVA of random weights as `transformers` saves it, with a tokenizer of characters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    transformers = pytest.importorskip("transformers")
+    specials = ["<pad>", "<s>", "</s>", "<image>", "~"]
+    signs = [*specials, *sorted(set("\n USERASSISTANT abcdefghijklmnopqrstuvwxyz0123456789[],.*?':{}\""))]
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=len(signs), max_position_embeddings=256,
+        ),
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2, image_size=28,
+            patch_size=7,
+        ),
+        image_token_index=specials.index("<image>"),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({sign: n for n, sign in enumerate(signs)}, unk_token="~"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(specials[:4])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def folder_of(family: str, spoken: Callable[..., Path], oracles: Path, tmp_path: Path) -> Path:
     if family == "fusar":
         return oracles / "fusar" / "a"
+    if family == "qwen_vl":  # what FUSAR-GPT was made from, without its adapter
+        return oracles / "fusar" / "a" / "base"
+    if family == "llava":
+        return plain_llava(tmp_path / "llava")
     # The tiny network is small, its 59 passes of 336 pixels are not; and random weights do not come to an end.
     quick = {"mfrsvlm": {"deepstack_window_scales": [1.0]}, "rsunivlm": {"max_position_embeddings": 256}}
     return spoken(family, **quick[family])
@@ -59,12 +92,14 @@ def folder_of(family: str, spoken: Callable[..., Path], oracles: Path) -> Path:
         ("rsunivlm", ["caption", "vqa", "classify", "ground", "segment", "detect_change"]),
         ("mfrsvlm", ["caption", "vqa", "classify", "ground"]),
         ("fusar", ["caption", "vqa", "classify", "ground"]),
+        ("llava", ["caption", "vqa", "classify", "ground"]),
+        ("qwen_vl", ["caption", "vqa", "classify", "ground"]),
     ],
 )
 def test_every_task_of_a_published_checkpoint_gets_a_typed_answer_or_a_typed_error(
     family: str, served: list[str], spoken: Callable[..., Path], oracles: Path, tmp_path: Path
 ) -> None:
-    folder = folder_of(family, spoken, oracles)
+    folder = folder_of(family, spoken, oracles, tmp_path)
     with server_process(tmp_path / "log", "--weights", str(folder)) as server:
         server.wait_until_ready()
         (model,) = httpx.get(f"{server.url}/v1/models").json()["data"]
