@@ -49,6 +49,7 @@ _NAME = re.compile(r"(mask|vectors|preview)-[0-9a-f]{32}(\.tif|\.geojson|\.pixel
 _SIDECAR = ".aux.xml"
 _WRITING = ".writing-"
 _BLOCK = 512
+_WAITING_BYTES = 16 * 2**20
 _GDAL_OPTIONS: dict[str, Any] = {"GDAL_CACHEMAX": 64 * 2**20}
 
 
@@ -270,6 +271,8 @@ class MaskWriter:
         self._place: dict[str, Any] = {"transform": transform} if transform is not None else {}
         if crs_wkt:
             self._place["crs"] = CRS.from_wkt(crs_wkt)
+        # Whole blocks are written, so as many rows wait as a block has: fewer where they are very long.
+        self._block_rows = min(_BLOCK, max(16, _WAITING_BYTES // self._width // 16 * 16))
         self._written = 0
         self._rows: list[np.ndarray] = []
         self._artifact: Artifact | None = None
@@ -300,7 +303,7 @@ class MaskWriter:
                 nodata=NODATA,
                 tiled=True,
                 blockxsize=_BLOCK,
-                blockysize=_BLOCK,
+                blockysize=self._block_rows,
                 compress="deflate",
                 zlevel=1,
                 bigtiff="if_safer",
@@ -323,7 +326,7 @@ class MaskWriter:
             raise ValueError(f"the mask has {self._height} rows, not {self._written + waiting}")
         self._rows.append(rows)
         # Whole rows of blocks only: a block written twice is compressed twice and leaves a hole in the file.
-        whole = waiting // _BLOCK * _BLOCK
+        whole = waiting // self._block_rows * self._block_rows
         if whole or self._written + waiting == self._height:
             stack = np.concatenate(self._rows)
             count = len(stack) if self._written + waiting == self._height else whole

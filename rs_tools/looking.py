@@ -12,6 +12,7 @@ import threading
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -20,6 +21,7 @@ from rs_tools.errors import ServerBusy
 from rs_tools.imagery.alignment import Pair, PairPixels
 from rs_tools.imagery.scene import Pixels, Region, Scene
 from rs_tools.imagery.tiling import Looks
+from rs_tools.memory import give_back
 from rs_tools.reduction import Look
 
 # The engine's own largest batch; benchmarks/scene.py prints what other sizes cost.
@@ -118,7 +120,7 @@ class OutOfTime(Exception, Generic[_A]):
 async def stream(
     scene: Scene | Pair,
     looks: Looks,
-    ask: Callable[[list[np.ndarray]], Awaitable[Sequence[_A]]],
+    ask: Callable[[list[np.ndarray], Sequence[Region]], Awaitable[Sequence[_A]]],
     *,
     seconds: float,
     progress: Progress | None = None,
@@ -131,8 +133,8 @@ async def stream(
         scene: what to look at.
         looks: which windows of it.
         ask: answers a batch of tiles, each uint8 [H, W, 3], in order; of a pair, tiles come as before, after, before,
-            ... and every two get one answer. When the model server gets busy later than at the first batch, the
-            batch is asked again until the time is over.
+            ... and every two get one answer. With them come the regions, one to an answer. When the model server gets
+            busy later than at the first batch, the batch is asked again until the time is over.
         seconds: the time there is.
         progress: told after each batch.
         batch: tiles (of a pair: pairs of tiles) that are asked about at a time.
@@ -156,7 +158,9 @@ async def stream(
             while tiles := await ahead:
                 ahead = loop.run_in_executor(thread, next, batches, None)
                 pictures = [picture for tile in tiles for picture in tile.pictures]
-                given = iter(await asked(ask, pictures, patient=seen.done > 0) if pictures else [])
+                regions = [tile.region for tile in tiles if tile.pictures]
+                told = partial(ask, regions=regions)
+                given = iter(await asked(told, pictures, patient=seen.done > 0) if pictures else [])
                 answers = [next(given) if tile.pictures else None for tile in tiles]
                 if take is not None:
                     await take(_taken(tiles, answers, seen.done))
@@ -215,6 +219,7 @@ def _batches(scene: Scene | Pair, looks: Looks, size: int, stopped: threading.Ev
             batch.append(_tile(region, overview, read(region, out_size)))
             with_data = sum(bool(tile.pictures) for tile in batch)
             if with_data == size or len(batch) - with_data == _EMPTY_PER_BATCH:
+                give_back()
                 yield batch
                 batch = []
     if batch:

@@ -1,7 +1,7 @@
 """A mask of a scene, painted tile by tile: blended, cut at thresholds, counted, outlined and written row by row.
 
-Rows leave as soon as no tile can add to them, so the memory taken is that of the tiles across the scene and of the
-outlines kept, whatever the scene's height. A painter belongs to one thread: GDAL's open files do.
+Rows leave as soon as no tile can add to them, and the tiles across a wide scene wait in a file, so the memory taken is
+that of some rows and of the outlines kept, whatever the scene. A painter belongs to one thread: GDAL's open files do.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from rs_tools.artifacts import ArtifactStore, Feature, MaskWriter
 from rs_tools.calls import Call, Output
 from rs_tools.geometry.blending import NODATA, Band, Blender
 from rs_tools.geometry.measures import Georeference, MaskTotals, TileFrame
+from rs_tools.geometry.shelf import Shelf
 from rs_tools.geometry.vectors import MaskOutliner, Shape, measured, placed, simplified
 from rs_tools.grounding import picture_size
+from rs_tools.memory import give_back
 from rs_tools.preview import render
 from rs_tools.results import Artifact, Provenance
 
@@ -31,6 +33,7 @@ MAX_POINTS = 500_000  # of them together
 _LEVELS = 255
 _BATCH = 512  # areas measured and simplified at once
 _BATCH_POINTS = 100_000
+_GROWN = 32 * 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -114,10 +117,11 @@ class Painter:
         self._grid = call.scene.grid if self._georeference is None else self._georeference.transform
         self._frames = [TileFrame(region, plan.size(region)) for region in plan.regions]
         self._classes = dict(enumerate(classes, 1))
-        self._blender = Blender(self._frames, self._region, len(classes))
+        self._stack = ExitStack()
+        shelf = self._stack.enter_context(Shelf(store.folder))
+        self._blender = Blender(self._frames, self._region, len(classes), shelf)
         self._outliner = MaskOutliner(x2 - x1, origin=(x1, y1), min_pixels=MIN_PIXELS)
         self._store = store
-        self._stack = ExitStack()
         self._writer: MaskWriter | None = None
         self._thresholds: Sequence[float] | None = None
         self._fresh: list[Shape] = []
@@ -138,9 +142,9 @@ class Painter:
         """
         if maps is None:
             width, height = self._frames[index].size
-            probabilities = np.zeros((len(self._classes), height, width), np.float32)
+            probabilities = np.zeros((len(self._classes), height, width), np.uint8)
         else:
-            probabilities = maps.probabilities.astype(np.float32) / _LEVELS
+            probabilities = maps.probabilities
             if self._thresholds is None:
                 self._thresholds = list(maps.thresholds)
             seen = np.where(valid, maps.probabilities, 0).max(axis=(1, 2)) / _LEVELS
@@ -154,6 +158,7 @@ class Painter:
         self._collect(self._outliner.finish())
         self._measure()
         self._stack.close()
+        give_back(_GROWN)  # before the whole scene is read again, for words and a picture
         areas = [area for _, _, area in sorted(self._areas, key=lambda one: (-one[0], one[1]))]
         outliner, left_out = self._outliner, self._number - len(areas)
         return Painted(writer.artifact, areas, outliner.specks, left_out, outliner.cuts, self.highest.tolist())

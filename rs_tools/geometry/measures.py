@@ -21,6 +21,7 @@ _POINTS_PER_EDGE = 33
 _CURVE_ROUNDS = 14  # halvings of an edge: enough to follow one that meets a pole
 _GEODESIC_STEP = 0.02  # degrees; between points this close a geodesic is the straight line of the map
 _AREA_NODES = 129  # per axis; between them the area of a pixel is interpolated
+_COUNTED_PIXELS = 2**18  # at once: counting takes some 40 bytes for each
 _POLES = np.array([[0.0, 90.0], [0.0, -90.0]])
 
 
@@ -280,8 +281,6 @@ class MaskTotals:
         pixels: int64 [256], by mask value.
     """
 
-    _ROWS = 64
-
     def __init__(self, region: Sequence[int], georeference: Georeference | None) -> None:
         self.pixels = np.zeros(256, np.int64)
         self._areas = None if georeference is None else georeference.pixel_areas(region)
@@ -289,8 +288,9 @@ class MaskTotals:
 
     def add(self, top: int, rows: np.ndarray) -> None:
         """Count rows of the mask: uint8 [n, W], the first of them `top` rows below the mask's first."""
-        for start in range(0, len(rows), self._ROWS):
-            part = rows[start : start + self._ROWS]
+        some = max(1, _COUNTED_PIXELS // rows.shape[1])
+        for start in range(0, len(rows), some):
+            part = rows[start : start + some]
             counts = np.bincount(part.ravel(), minlength=256)
             self.pixels += counts
             if self._areas is not None and counts[1:255].any():  # most of most masks is no class

@@ -119,13 +119,26 @@ def opened(source: ByteSource, sidecars: Mapping[str, ByteSource]) -> Iterator[D
         _check_sidecar(ending, sidecar)
     with rasterio.Env(session=DummySession(), **_GDAL_OPTIONS):
         try:
-            with rasterio.open(f"scene/{_NAMES[driver]}", driver=driver, opener=folder) as dataset:
+            name = f"scene/{_NAMES[driver]}"
+            with reported(source.name, driver), rasterio.open(name, driver=driver, opener=folder) as dataset:
                 _check_declared(source, dataset, driver)
                 yield dataset
-        except (RasterioError, CRSError, CPLE_BaseError, UnicodeDecodeError) as error:
+        except ImageError:
             folder.raise_kept()
-            raise ImageError(f"{source.name} cannot be read by {driver}: {_reason(error)}") from error
+            raise
         folder.raise_kept()
+
+
+@contextmanager
+def reported(name: str, driver: str) -> Iterator[None]:
+    """Failures of GDAL inside the `with` block as an ImageError about the image of this name.
+
+    `opened` reports them too. Who reads several images at a time wraps each read, so that the right one is blamed.
+    """
+    try:
+        yield
+    except (RasterioError, CRSError, CPLE_BaseError, UnicodeDecodeError) as error:
+        raise ImageError(f"{name} cannot be read by {driver}: {_reason(error)}") from error
 
 
 class _Folder(FileContainer):

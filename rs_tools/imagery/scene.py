@@ -23,11 +23,12 @@ from rs_tools.geometry.measures import Georeference
 from rs_tools.imagery.access import AccessPolicy, Source, Stamp, stamp_of
 from rs_tools.imagery.bands import BandChoice, BandInfo, choose_bands, guess_modality
 from rs_tools.imagery.beside import look_beside
-from rs_tools.imagery.formats import ByteSource
+from rs_tools.imagery.formats import ByteSource, reported
 from rs_tools.imagery.placing import Place, placed
 from rs_tools.imagery.reading import BandReader, eight_bit, window_of
 from rs_tools.imagery.remote import RemoteFile
 from rs_tools.imagery.stretch import Stretch, fit_stretch
+from rs_tools.memory import give_back
 from rs_tools.results import Modality
 
 Region = tuple[int, int, int, int]
@@ -185,12 +186,17 @@ class Scene:
         def read(region: Region, out_size: tuple[int, int]) -> Pixels:
             self._check_unchanged()
             x1, y1, x2, y2 = region
-            return self._shown(*bands.read(window_of(x1, y1, x2 - x1, y2 - y1), out_size))
+            with reported(self.source.name, dataset.driver):
+                values, valid = bands.read(window_of(x1, y1, x2 - x1, y2 - y1), out_size)
+            return self._shown(values, valid)
 
         self._check_unchanged()
-        with self._policy.open(self.source) as dataset:
-            bands = BandReader(dataset, self.choice)
-            yield read
+        try:
+            with self._policy.open(self.source) as dataset:
+                bands = BandReader(dataset, self.choice)
+                yield read
+        finally:
+            give_back()  # the decoded blocks are free now
 
     def _check_unchanged(self) -> None:
         if stamp_of(self.source) != self._stamp:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rs_tools.errors import ArtifactError
 from rs_tools.geometry.blending import Band, Blender
 from rs_tools.geometry.measures import TileFrame
+from rs_tools.geometry.shelf import Shelf
 from rs_tools.imagery.tiling import tile_grid
 
 Maps = Callable[[np.ndarray], np.ndarray]
@@ -157,3 +160,42 @@ def test_a_tile_twice_or_of_another_shape_is_refused() -> None:
         blender.add(1, np.zeros((2, 4, 4)))
     with pytest.raises(ValueError, match="classes"):
         Blender(frames, region, 255)
+
+
+@given(held=st.sampled_from([0, 9_000]))
+@settings(deadline=None, max_examples=2)
+def test_maps_that_wait_in_a_file_blend_as_those_in_memory_do(held: int) -> None:
+    region = (2, 3, 402, 203)
+    frames = frames_of(region, 48, 10, 1.7)
+    image = np.random.default_rng(1).random((203, 402))
+    masks = [np.random.default_rng(i).random(frame.size[::-1]) > 0.2 for i, frame in enumerate(frames)]
+
+    def painted(shelf: Shelf | None) -> np.ndarray:
+        blender = Blender(frames, region, 3, shelf)
+        maps = (softmax(image[: one.size[1], : one.size[0]]) * (i % 3 + 1) / 3 for i, one in enumerate(frames))
+        found = [band for i, one in enumerate(maps) for band in blender.add(i, one, masks[i])]
+        return np.concatenate([band.mask(0.3) for band in found])
+
+    with Shelf(held_bytes=held) as shelf:
+        np.testing.assert_array_equal(painted(shelf), painted(None))
+        assert list(shelf) == []
+
+
+def test_a_file_of_waiting_maps_does_not_grow_with_the_scenes_height(tmp_path: Path) -> None:
+    def written(height: int) -> int:
+        region = (0, 0, 256, height)
+        frames = frames_of(region, 64, 8)
+        with Shelf(tmp_path, held_bytes=0) as shelf:
+            blender = Blender(frames, region, 2, shelf)
+            maps = np.full((2, 64, 64), 9, np.uint8)
+            rows = sum(len(band.valid) for i in range(len(frames)) for band in blender.add(i, maps))
+            assert rows == height
+            return shelf.file_bytes
+
+    assert written(2000) == written(400) > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_for_waiting_maps_is_said(tmp_path: Path) -> None:
+    with Shelf(tmp_path / "gone", held_bytes=0) as shelf, pytest.raises(ArtifactError, match="on the disk"):
+        shelf.put(0, np.zeros((4, 2, 4), np.uint8))

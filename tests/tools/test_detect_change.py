@@ -15,7 +15,7 @@ from rasterio.warp import calculate_default_transform, reproject, transform
 from rasters import UTM, features, noise, write
 
 from rs_tools.changing import MAX_REGIONS
-from rs_tools.errors import PairError, RegionError
+from rs_tools.errors import ImageError, PairError, RegionError
 from rs_tools.results import DetectChangeResult
 from rs_tools.tools import Tools
 
@@ -182,3 +182,18 @@ async def test_without_a_place_two_images_of_one_size_are_compared_pixel_by_pixe
     assert (found.changed_area_m2, found.georeferenced) == (None, False)
     assert any("as if they lay on each other" in warning for warning in found.warnings)
     assert [one.kind for one in found.artifacts] == ["mask", "vectors", "preview"]
+
+
+@pytest.mark.parametrize("damaged", ["before.tif", "after.tif"])
+@pytest.mark.parametrize("cut", [False, True], ids=["overwritten", "cut short"])
+async def test_the_damaged_one_of_two_images_is_named(tools: Tools, tmp_path: Path, damaged: str, cut: bool) -> None:
+    blocks = PLACED | {"tiled": True, "blockxsize": 128, "blockysize": 128, "compress": "deflate"}
+    for name in ("before.tif", "after.tif"):
+        write(tmp_path / "images" / name, noise(3, HEIGHT, WIDTH), **blocks)
+    path = tmp_path / "images" / damaged
+    content = path.read_bytes()
+    rest = b"" if cut else bytes(len(content) - len(content) // 2)
+    path.write_bytes(content[: len(content) // 2] + rest)
+    other = "after.tif" if damaged == "before.tif" else "before.tif"
+    with pytest.raises(ImageError, match=rf"^{damaged} cannot be read by GTiff: (?!.*{other})"):
+        await tools.detect_change("before.tif", "after.tif")
