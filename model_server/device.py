@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 DENSE_COST = 4  # places in a batch of a tile whose pixels are answered: it takes about so many times as long
 CANDIDATES = 16  # queries looked at for one pass: those about known images cost little, so that many go together
-ALL_AT_ONCE = 16  # places of a model that answers batches as a whole
+ALL_AT_ONCE = 16  # queries of a model that answers batches as a whole
 _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")  # what a RuntimeError says of it
 
 
@@ -51,7 +51,7 @@ class _AtOnce:
     """A model that answers whole batches, as one of which nothing is ever being written."""
 
     plan = None
-    places = ALL_AT_ONCE
+    places: dict[Priority, int] = {"interactive": ALL_AT_ONCE, "bulk": ALL_AT_ONCE // 2}
 
     def __init__(self, resident: Resident) -> None:
         self._resident = resident
@@ -80,15 +80,16 @@ class Device:
     """One model on one device.
 
     Args:
-        places: new tiles in one pass, where one that is answered pixel by pixel takes `DENSE_COST`; None = what suits
-            the model. Bulk passes have half, so that an interactive request does not wait long for them to end.
+        places: new tiles in one pass, where one that is answered pixel by pixel takes `DENSE_COST`; bulk passes have
+            half, so that an interactive request does not wait long for them to end. None = what suits the model.
     """
 
     def __init__(self, resident: Resident, places: int | None = None) -> None:
         self.resident = resident
         self.model: Stepper | _AtOnce = resident if isinstance(resident, Stepper) else _AtOnce(resident)
-        most = places or self.model.places
-        self.places: dict[Priority, int] = {"interactive": most, "bulk": max(most // 2, 1)}
+        self.places: dict[Priority, int] = dict(self.model.places)
+        if places is not None:
+            self.places = {"interactive": places, "bulk": max(places // 2, 1)}
         self.halvings = 0
         self._written: dict[Priority, dict[Hashable, Query]] = {priority: {} for priority in PRIORITIES}
 

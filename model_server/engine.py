@@ -2,9 +2,10 @@
 
 The event loop owns the queue, one worker thread owns the model; they pass each other one piece of work at a time, so
 there are no locks. A piece is a pass, which takes new tiles in, or a step, which writes one more token of every answer
-in words that is under way. Passes and steps alternate, so that requests join and leave at every token: a short answer
-does not wait for a long one, nor a question for all the tiles of a large scene. An idle engine answers at once, a
-loaded one batches by itself. Interactive work goes before bulk work, which has a share of the device all the same.
+in words that is under way. Where a pass can be filled, passes and steps alternate; where it cannot, those who wait for
+it wait a few steps for more to come. So requests join and leave between tokens: a short answer does not wait for a long
+one, nor a question for all the tiles of a large scene. An idle engine answers at once, a loaded one batches by itself.
+Interactive work goes before bulk work, which has a share of the device all the same.
 
 The engine knows nothing about rasters, HTTP or text.
 """
@@ -61,6 +62,7 @@ _T = TypeVar("_T")
 MAX_WAITING = 2 * MAX_TILES
 MAX_CALLS = 32  # of `Engine.call` at a time
 WORDS = ("caption", "vqa")  # written token by token
+PATIENCE = 4  # steps of others' answers that a pass which is not full waits for more tiles
 NO_CACHE: CacheValues = {"hits": 0, "misses": 0, "evictions": 0, "entries": 0, "bytes": 0, "limit_bytes": 0}
 
 
@@ -79,7 +81,7 @@ class Engine:
     Args:
         load: makes the model, warmed up; runs in the worker thread.
         max_batch: places in one pass: new tiles, where one that is answered pixel by pixel takes `device.DENSE_COST` of
-            them. None = what suits the model.
+            them; half as many of bulk work. None = what suits the model.
         max_waiting: most tiles in the queue, of each priority; a request beyond it is refused with `EngineBusy`. A
             named caller may have half of them.
     """
@@ -101,7 +103,7 @@ class Engine:
         self._taking: list[tuple[_Job, int]] = []  # the pass under way
         self._writing: dict[Priority, dict[Hashable, tuple[_Job, int]]] = {priority: {} for priority in PRIORITIES}
         self._unwanted: list[Hashable] = []  # written for callers that have left
-        self._took_last: dict[Priority, bool] = dict.fromkeys(PRIORITIES, False)
+        self._steps_since: dict[Priority, int] = dict.fromkeys(PRIORITIES, 0)  # the last pass
         self._arrived = asyncio.Event()
         self._closing = False
         self._dispatcher: asyncio.Task[None] | None = None
@@ -290,14 +292,14 @@ class Engine:
                 await self._arrived.wait()
                 continue
             priority = self._shares.choose(wanting)
-            takes = self._next(priority) == "take"
-            self._took_last[priority] = takes
             started = time.perf_counter()
-            if takes:
+            if self._next(priority) == "take":
+                self._steps_since[priority] = 0
                 offered = self._offer(priority)
                 begun = await run(self._device, device.take, [job.queries[i] for job, i in offered], priority)
                 self._begin(offered, begun, priority)
             else:
+                self._steps_since[priority] += 1
                 stepped = await run(self._device, device.step, priority)
                 self._end(stepped, priority)
             self._spend(priority, time.perf_counter() - started)
@@ -313,11 +315,16 @@ class Engine:
                 job.done.set_exception(EngineClosing("the engine has failed; start the model server again"))
 
     def _next(self, priority: Priority) -> Literal["take", "step"] | None:
-        """What is to be done at a priority; passes and steps alternate where there is work for both."""
+        """What is to be done at a priority: where there is work for both, a step after each pass, and as many more as
+        `PATIENCE` says while a pass would not be full."""
         takes = self._scheduler.has_work(priority, self._room[priority])
-        if self._writing[priority] and (self._took_last[priority] or not takes):
+        if self._writing[priority] and not (takes and self._steps_since[priority] >= self._patience(priority)):
             return "step"
         return "take" if takes else None
+
+    def _patience(self, priority: Priority) -> int:
+        full = self._owner is not None and self._scheduler.waiting(priority) >= self._owner.places[priority]
+        return 1 if full else PATIENCE
 
     def _offer(self, priority: Priority) -> list[tuple[_Job, int]]:
         offered = [(job, index) for job, index in self._scheduler.take(priority, self._room[priority], CANDIDATES)
@@ -395,8 +402,11 @@ def _queries(request: PerceiveRequest, tiles: Sequence[np.ndarray]) -> list[Quer
             after=after,
             gsd_m=request.gsd_m,
             modality=request.modality,
+            anchors=anchors,
         )
-        for image, after in zip(tiles[::2] if pairs else tiles, afters, strict=True)
+        for image, after, anchors in zip(
+            tiles[::2] if pairs else tiles, afters, request.anchors or [None] * len(afters), strict=True
+        )
     ]
 
 

@@ -31,6 +31,7 @@ from model_server.model.seen import Seen, prefixes, see
 from model_server.model.slots import Lane, Prefix, prefill
 from model_server.model.vision import square
 from model_server.protocol import (
+    UNUSED_ANCHORS,
     ModelInfo,
     PerceiveRequest,
     Priority,
@@ -59,7 +60,8 @@ DENSE: dict[Task, str] = {"ground": "region", "segment": "pixel", "detect_change
 CAPTION_BEAMS, CAPTION_TOKENS, CAPTION_LENGTH_POWER = 3, 40, 0.3
 ANSWER_BEAMS, ANSWER_TOKENS = 5, 16
 SURE = 0.8  # what a full description names
-PASS_IMAGES = 4  # encoded at a time: with sixteen, all of whose views leave the processor's caches, it takes longer
+ENCODED = 4  # images at a time: with sixteen, all of whose views leave the processor's caches, it takes longer
+PLACES: dict[Priority, int] = {"interactive": 8, "bulk": 2}  # new tiles of a pass
 TOGETHER = 16  # images that `answer` takes in at a time
 PARTS: dict[Task, int] = {"caption": 1, "vqa": 2}  # most sequences of one answer
 PRIORITIES: tuple[Priority, ...] = get_args(Priority)
@@ -99,7 +101,7 @@ Part = tuple[Writing, int]  # a sequence of it
 class Perceiver:
     """One loaded checkpoint. Not thread-safe: the engine is its only caller."""
 
-    places = PASS_IMAGES
+    places = PLACES
 
     def __init__(self, weights: Path, device: str = "cpu") -> None:
         loaded = load_checkpoint(weights, device)
@@ -191,9 +193,10 @@ class Perceiver:
 
     def warnings(self, request: PerceiveRequest) -> list[str]:
         """What of a request does not bear on its answer."""
+        unused = [UNUSED_ANCHORS] if request.anchors else []
         if request.task == "detect_change" and request.text.strip():
-            return ["This model tells changed from unchanged ground, not one kind of change from another."]
-        return []
+            unused.append("This model tells changed from unchanged ground, not one kind of change from another.")
+        return unused
 
     @torch.inference_mode()
     def answer(self, queries: Sequence[Query]) -> list[TileAnswer]:
@@ -322,8 +325,8 @@ class Perceiver:
                 else:
                     known[key] = found
         keys = list(missing)
-        for start in range(0, len(keys), PASS_IMAGES):
-            some = keys[start : start + PASS_IMAGES]
+        for start in range(0, len(keys), ENCODED):
+            some = keys[start : start + ENCODED]
             known.update(zip(some, see(self.model, self._pixels([missing[key] for key in some])), strict=True))
         return [known[self._key(query)] for query in queries]
 

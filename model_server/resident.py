@@ -6,7 +6,7 @@ The embedded one is a `Stepper` too: the engine then lets requests join and leav
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from model_server.batching.engine_errors import QueryFailed
@@ -69,8 +69,9 @@ class Stepper(Protocol):
         ...
 
     @property
-    def places(self) -> int:
-        """New tiles that it does well to take in at a time: enough to be busy, and nobody waits long."""
+    def places(self) -> Mapping[Priority, int]:
+        """New tiles that it does well to take in at a time: enough to be busy, and nobody waits long; of bulk work
+        fewer, as who comes meanwhile waits for the end of it."""
         ...
 
     def room(self, task: Task, priority: Priority) -> int:
