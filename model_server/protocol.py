@@ -2,7 +2,9 @@
 
 Shared by both sides, so it needs pydantic, numpy and safetensors only. A request travels as one safetensors
 body: tensors `tile_0` .. `tile_{n-1}`, each uint8 [H, W, 3] RGB, and the request as JSON under the metadata
-key `request`. The answer is a safetensors body too, its JSON under `response`; probabilities of masks and change ride
+key `request`. What is known of a tile's place may ride along as `anchors_0` .. `anchors_{n-1}`, float32 [S, 66]: 64
+values of an AlphaEarth embedding and its place (y, x) as shares of the tile's height and width; S may be 0, and a
+request has them for every tile or for none. The answer is a safetensors body too, its JSON under `response`; probabilities of masks and change ride
 as its tensors `mask_{i}` [K, H, W] and `change_{i}` [H, W], uint8, on the pixels of the i-th sent tile or pair.
 No pickle, no base64.
 """
@@ -26,6 +28,9 @@ MAX_BODY_BYTES = 256 * 2**20
 MAX_CLASSES = 16  # of a segmentation
 MAX_DEADLINE_S = 3600.0
 MAX_CALLER = 64  # letters of a caller's name
+ANCHOR_VALUES = 64 + 2  # of an anchor: the vector, then y and x
+MAX_ANCHORS = 64**2  # of a tile
+UNUSED_ANCHORS = "This model is not modulated by embeddings: those that were given are not used."
 MAX_MASK_BYTES = 256 * 2**20  # of all masks of one answer: classes times pixels of all tiles
 
 Task = Literal["caption", "vqa", "classify", "ground", "segment", "detect_change"]
@@ -46,7 +51,8 @@ class PerceiveRequest(Wire):
 
     `detect_change` takes its tiles in pairs, tile_0 before, tile_1 after, tile_2 before, ..., the two of a pair of one
     shape, and answers every pair. `gsd_m` is the size of a tile's pixel on the ground in metres; from it the server
-    chooses the scale at which it looks, and where it is None, by a search over scales.
+    chooses the scale at which it looks, and where it is None, by a search over scales. `anchors` are not in the JSON:
+    they travel as tensors; a model that is not modulated by them says in a warning that it did not use them.
     """
 
     task: Task
@@ -69,6 +75,9 @@ class PerceiveRequest(Wire):
     )
     caller: str = Field(
         default="", max_length=MAX_CALLER, description="requests of one caller share one turn; empty = a caller each"
+    )
+    anchors: list[np.ndarray] = Field(
+        default_factory=list, exclude=True, repr=False, description="float32 [S, 66] of each tile; empty = none known"
     )
 
     @model_validator(mode="after")
@@ -216,6 +225,7 @@ class WireError(ValueError):
 def encode_request(request: PerceiveRequest, tiles: list[np.ndarray]) -> bytes:
     """Pack a request and its tiles (each uint8 [H, W, 3]) into one safetensors body."""
     tensors = {f"tile_{i}": np.ascontiguousarray(tile) for i, tile in enumerate(tiles)}
+    tensors |= {f"anchors_{i}": np.ascontiguousarray(known) for i, known in enumerate(request.anchors)}
     return save(tensors, metadata={"request": request.model_dump_json()})
 
 
@@ -223,14 +233,15 @@ def decode_request(body: bytes) -> tuple[PerceiveRequest, list[np.ndarray]]:
     """Unpack and check a request.
 
     Raises:
-        WireError: not safetensors, no request in it, tiles of a wrong count, shape or type, or masks of more than
-            `MAX_MASK_BYTES` asked for.
+        WireError: not safetensors, no request in it, tiles or anchors of a wrong count, shape or type, or masks of more
+            than `MAX_MASK_BYTES` asked for.
     """
     tensors, text = _unpack(body, "request")
     try:
         request = PerceiveRequest.model_validate_json(text)
     except ValueError as error:
         raise WireError(f"the request's fields are wrong: {error}") from error
+    known = {name: tensors.pop(name) for name in list(tensors) if name.startswith("anchors_")}
     if not 1 <= len(tensors) <= MAX_TILES:
         raise WireError(f"a request carries 1 to {MAX_TILES} tiles, this one {len(tensors)}")
     tiles = []
@@ -247,7 +258,27 @@ def decode_request(body: bytes) -> tuple[PerceiveRequest, list[np.ndarray]]:
         _check_pairs(tiles)
     if request.task == "segment":
         _check_mask_bytes(len(request.labels), tiles)
+    if known:
+        request.anchors = _anchors(known, request.task, len(tiles))
     return request, tiles
+
+
+def _anchors(known: dict[str, np.ndarray], task: Task, tiles: int) -> list[np.ndarray]:
+    if task == "detect_change":
+        raise WireError("anchors belong to a single tile; detect_change takes none")
+    names = [f"anchors_{i}" for i in range(tiles)]
+    if set(known) != set(names):
+        raise WireError(f"anchors come for every tile or for none: {', '.join(sorted(set(known) ^ set(names)))}")
+    for name in names:
+        array = known[name]
+        if array.dtype != np.float32 or array.ndim != 2 or array.shape[1] != ANCHOR_VALUES or len(array) > MAX_ANCHORS:
+            raise WireError(
+                f"{name} must be float32 [S, {ANCHOR_VALUES}] with S up to {MAX_ANCHORS}, it is {array.dtype} "
+                f"{list(array.shape)}"
+            )
+        if not (np.isfinite(array).all() and ((array[:, -2:] >= 0) & (array[:, -2:] <= 1)).all()):
+            raise WireError(f"{name} must be finite, its places (y, x) within 0 and 1")
+    return [known[name] for name in names]
 
 
 def _check_pairs(tiles: list[np.ndarray]) -> None:

@@ -17,6 +17,7 @@ class Query:
     """One task on one tile, uint8 [H, W, 3] RGB; for detect_change `after` is the other tile, of the same shape.
 
     `gsd_m`: ground metres per pixel of the tile, None where unknown; the dense tasks choose their scale from it.
+    `anchors`: float32 [S, 66], embeddings of the place and where in the tile they stand (see protocol.py), or None.
     """
 
     task: Task
@@ -27,6 +28,7 @@ class Query:
     after: np.ndarray | None = None
     gsd_m: float | None = None
     modality: Modality = "optical"
+    anchors: np.ndarray | None = None
 
     @property
     def tiles(self) -> int:

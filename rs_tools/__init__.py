@@ -48,6 +48,7 @@ def open(
     server: str | None = None,
     token: str | None = None,
     artifacts: str | Path | None = None,
+    embeddings: str | Path | None = None,
 ) -> Image:
     """An image to ask about.
 
@@ -57,6 +58,8 @@ def open(
         server: URL of a model server; None finds or starts the local one.
         token: bearer token of `server`.
         artifacts: folder of its own for masks, outlines and previews; None is one in the user's cache.
+        embeddings: raster of AlphaEarth embeddings of the place, or a folder of those of one year, for a model that is
+            modulated by them; words, classes and boxes are then asked for with them.
 
     Raises:
         AccessError: the file's folder does not exist. A missing or damaged file is reported by the first question.
@@ -65,11 +68,11 @@ def open(
     from rs_tools.tools import Tools
 
     def tools(*paths: Path) -> Tools:
-        policy = AccessPolicy(sorted({path.parent for path in paths}))
+        policy = AccessPolicy(sorted({path if path.is_dir() else path.parent for path in paths}))
         return Tools(policy, _client(server, token), artifacts=artifacts)
 
     real = Path(path).expanduser().resolve()
-    return Image(tools, real, tuple(bands))
+    return Image(tools, real, tuple(bands), Path(embeddings).expanduser().resolve() if embeddings else None)
 
 
 def _waiting(
@@ -96,9 +99,12 @@ class Image:
     `region` is [x1, y1, x2, y2] in pixels, empty for the whole image.
     """
 
-    def __init__(self, tools: Callable[..., Tools], path: Path, bands: tuple[int, ...]) -> None:
+    def __init__(
+        self, tools: Callable[..., Tools], path: Path, bands: tuple[int, ...], embeddings: Path | None = None
+    ) -> None:
         self._make_tools, self._file = tools, path
-        self._tools, self._path, self._bands = tools(path), str(path), bands
+        self._tools, self._path, self._bands = tools(path, *([embeddings] if embeddings else [])), str(path), bands
+        self._embeddings = str(embeddings or "")
 
     async def ainspect(self) -> InspectResult:
         """Size, bands, georeference and kind of the image."""
@@ -106,17 +112,17 @@ class Image:
 
     async def acaption(self, region: Sequence[float] = (), detail: Literal["short", "full"] = "short") -> CaptionResult:
         """What the region shows, in words."""
-        return await _shared(self._tools.caption(self._path, region, detail, self._bands))
+        return await _shared(self._tools.caption(self._path, region, detail, self._bands, self._embeddings))
 
     async def avqa(self, question: str, region: Sequence[float] = ()) -> VqaResult:
         """The answer to a question about the region."""
-        return await _shared(self._tools.vqa(self._path, question, region, self._bands))
+        return await _shared(self._tools.vqa(self._path, question, region, self._bands, self._embeddings))
 
     async def aclassify(
         self, labels: Sequence[str] = (), top_k: int = 5, region: Sequence[float] = ()
     ) -> ClassifyResult:
         """The region's class among `labels`, or among the model's own classes."""
-        return await _shared(self._tools.classify(self._path, labels, top_k, region, self._bands))
+        return await _shared(self._tools.classify(self._path, labels, top_k, region, self._bands, self._embeddings))
 
     async def aground(
         self,
@@ -128,7 +134,9 @@ class Image:
     ) -> GroundResult:
         """Boxes of everything that `query` names, in pixels and on Earth."""
         return await _shared(
-            self._tools.ground(self._path, query, region, max_objects, min_score, self._bands, preview)
+            self._tools.ground(
+                self._path, query, region, max_objects, min_score, self._bands, preview, self._embeddings
+            )
         )
 
     async def asegment(

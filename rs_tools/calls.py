@@ -17,6 +17,7 @@ from rs_tools.results import Provenance, TileGrid
 
 if TYPE_CHECKING:
     from rs_tools.artifacts import ArtifactStore
+    from rs_tools.imagery.anchors import Knowledge
 
 NO_DATA = "The region holds no data: every pixel in it is nodata."
 NO_OVERLAP = "Nothing in the region can be compared: it is nodata, or the later image does not cover it."
@@ -45,6 +46,7 @@ class Call:
         looks: at which windows.
         started: `time.perf_counter()` when the call came.
         dense: boxes or masks are asked for.
+        known: embeddings of the place, where the caller named some.
         response: the model's last one.
         said: the model server's warnings, each once, in order.
     """
@@ -54,6 +56,7 @@ class Call:
     started: float
     pair: Pair | None = None
     dense: bool = False
+    known: Knowledge | None = None
     response: PerceiveResponse | None = None
     said: dict[str, None] = field(default_factory=dict)
 
@@ -117,6 +120,8 @@ def common(call: Call, seen: Seen, reduced: Sequence[str] = ()) -> dict:
         overlap=plan.overlap,
         overview=call.looks.parts is not None and call.looks.overview is not None,
     )
+    if call.known is not None:
+        provenance.embeddings = call.known.described
     if call.response is not None:
         provenance.model = call.response.model.model
         provenance.weights_digest = call.response.model.weights_digest
@@ -147,7 +152,7 @@ def elapsed(started: float) -> float:
 
 def _scene_warnings(call: Call) -> list[str]:
     if call.pair is None:
-        return list(call.scene.warnings)
+        return [*call.scene.warnings, *(call.known.warnings if call.known else ())]
     return [*call.pair.before.warnings, *call.pair.after.warnings, *call.pair.warnings]
 
 

@@ -29,15 +29,16 @@ from rs_tools.results import (
 )
 
 Image = Annotated[
-    str, Field(description="Path as list_images gives it, https address on an allowed host, or handle of an upload")
+    str, Field(description="Path as list_images gives it, https address of an allowed host, or an upload's handle")
 ]
 Region = Annotated[
     list[float],
-    Field(default_factory=list, description="[x1, y1, x2, y2] in pixels, such as a bbox_px; empty: the whole image"),
+    Field(default_factory=list, description="[x1, y1, x2, y2] in pixels, as bbox_px; empty: all of it"),
 ]
 Bands = Annotated[
-    list[int], Field(default_factory=list, description="1 or 3 band numbers, for grey or RGB; empty: the file's own")
+    list[int], Field(default_factory=list, description="1 (grey) or 3 (RGB) band numbers; empty: the file's own")
 ]
+Embeddings = Annotated[str, Field(description="AlphaEarth raster, if any")]
 Preview = Annotated[bool, Field(description="Also return a small picture of the answer")]
 
 
@@ -70,6 +71,7 @@ class Caption(Arguments):
         Literal["short", "full"], Field(description="short: one sentence; full: more of what is seen")
     ] = "short"
     bands: Bands
+    embeddings: Embeddings = ""
 
 
 class Vqa(Arguments):
@@ -79,6 +81,7 @@ class Vqa(Arguments):
     ]
     region: Region
     bands: Bands
+    embeddings: Embeddings = ""
 
 
 class Ground(Arguments):
@@ -91,6 +94,7 @@ class Ground(Arguments):
     min_score: Annotated[float, Field(description="Least score, 0 to 1; 0: the model's own threshold")] = 0.0
     bands: Bands
     preview: Preview = False
+    embeddings: Embeddings = ""
 
 
 class Segment(Arguments):
@@ -123,6 +127,7 @@ class Classify(Arguments):
     top_k: Annotated[int, Field(description="How many of the likeliest classes to list")] = 5
     region: Region
     bands: Bands
+    embeddings: Embeddings = ""
 
 
 @dataclass(frozen=True)

@@ -211,8 +211,9 @@ def _taken(tiles: Sequence[_Tile], answers: Sequence[_A | None], first: int) -> 
 def _batches(scene: Scene | Pair, looks: Looks, size: int, stopped: threading.Event) -> Generator[list[_Tile]]:
     """Tiles in order, `size` with data at a time. Everything happens in the thread that asks for the next."""
     batch: list[_Tile] = []
-    with scene.reader() as read:
-        for index, (region, out_size) in enumerate(looks.windows):
+    windows = looks.windows
+    with scene.reader(windows) as read:
+        for index, (region, out_size) in enumerate(windows):
             if stopped.is_set():
                 return
             overview = index == 0 and looks.overview is not None

@@ -74,6 +74,7 @@ class Provenance(Model):
         default="",
         description="what the image's place or grid comes from: transform, world file NAME, ground control points",
     )
+    embeddings: str = Field(default="", description="rasters and year of the embeddings that went to the model")
     tile_grid: TileGrid | None = Field(
         default=None, description="tiles that the region was read in; null where none was"
     )

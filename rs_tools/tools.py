@@ -55,6 +55,7 @@ from rs_tools.wording import answered, captioned, classified, looks_for
 if TYPE_CHECKING:  # what makes boxes and masks is imported when one is asked for: the tools must start fast
     from rs_tools.artifacts import ArtifactStore
     from rs_tools.grounding import Found
+    from rs_tools.imagery.anchors import Knowledge
     from rs_tools.painting import Maps, Painted, Painter
 
 DEADLINE_S = 900.0
@@ -81,8 +82,9 @@ class Tools:
     (not a readable raster), RegionError, InputError, PairError, ArtifactError, DeadlinePassed, and of the model server
     ServerBusy, ServerUnavailable, ServerError. `image` is a path under an allowed root. `region` is [x1, y1, x2, y2] in
     pixels, empty for the whole image. `bands` are one (grey) or three (red, green, blue) band numbers, empty lets the
-    file decide. `progress` is told, plainly or async, how many looks at the region are done, of how many, and that in
-    words.
+    file decide. `embeddings` is a raster of AlphaEarth embeddings, or a folder of those of one year, for a model that is
+    modulated by them; empty for none. `progress` is told, plainly or async, how many looks at the region are done, of
+    how many, and that in words.
 
     A region beyond one look's size is looked at many times; `imagery.tiling` says at which scales, `reduction` how the
     answers become one. Cancelling a call ends its reading and asking.
@@ -124,6 +126,7 @@ class Tools:
         region: Sequence[float] = (),
         detail: Literal["short", "full"] = "short",
         bands: Sequence[int] = (),
+        embeddings: str = "",
         progress: Progress | None = None,
     ) -> CaptionResult:
         """Describe what a region shows, in one sentence (`short`) or more (`full`).
@@ -132,7 +135,7 @@ class Tools:
         """
         if detail not in ("short", "full"):
             raise InputError(f"detail must be 'short' or 'full', not {detail!r}.")
-        call = await self._call(image, region, bands, look_at_whole)
+        call = await self._call(image, region, bands, look_at_whole, embeddings)
         request = PerceiveRequest(task="caption", detail=detail)
         return await self._answer(
             call, request, lambda response: response.captions, partial(captioned, call, detail), progress
@@ -144,6 +147,7 @@ class Tools:
         question: str,
         region: Sequence[float] = (),
         bands: Sequence[int] = (),
+        embeddings: str = "",
         progress: Progress | None = None,
     ) -> VqaResult:
         """Answer a question about a region; abstains where the answer is not certain enough.
@@ -154,9 +158,9 @@ class Tools:
         text = checked_question(question)
         scope = question_scope(text)
         amount = asked_amount(text)
-        if amount is not None and (found := await self._amount(amount, image, region, bands, progress)):
+        if amount is not None and (found := await self._amount(amount, image, region, bands, embeddings, progress)):
             return found
-        call = await self._call(image, region, bands, partial(looks_for, scope))
+        call = await self._call(image, region, bands, partial(looks_for, scope), embeddings)
         request = PerceiveRequest(task="vqa", text=text)
         return await self._answer(
             call, request, lambda response: response.vqa, partial(answered, call, scope), progress
@@ -169,13 +173,14 @@ class Tools:
         top_k: int = 5,
         region: Sequence[float] = (),
         bands: Sequence[int] = (),
+        embeddings: str = "",
         progress: Progress | None = None,
     ) -> ClassifyResult:
         """Choose the class of a region among `labels`, or among the model's own classes where there are none."""
         checked = checked_labels(labels)
         if not 1 <= top_k <= MAX_LABELS:
             raise InputError(f"top_k must be from 1 to {MAX_LABELS}, not {top_k}.")
-        call = await self._call(image, region, bands, look_at_whole)
+        call = await self._call(image, region, bands, look_at_whole, embeddings)
         request = PerceiveRequest(task="classify", labels=checked)
         return await self._answer(
             call, request, lambda response: response.classes, partial(classified, call, top_k), progress
@@ -190,6 +195,7 @@ class Tools:
         min_score: float = 0.0,
         bands: Sequence[int] = (),
         preview: bool = False,
+        embeddings: str = "",
         progress: Progress | None = None,
     ) -> GroundResult:
         """Find everything that a phrase names: boxes in pixels and on Earth, with calibrated scores.
@@ -202,7 +208,7 @@ class Tools:
             raise InputError(f"max_objects must be from 1 to {MAX_OBJECTS}, not {max_objects}.")
         if not 0 <= min_score <= 1:
             raise InputError(f"min_score must be from 0 (the model's own threshold) to 1, not {min_score}.")
-        call = await self._call(image, region, bands, look_densely)
+        call = await self._call(image, region, bands, look_densely, embeddings)
         result, _ = await self._ground(call, phrase, max_objects, min_score, preview, progress)
         return result
 
@@ -320,13 +326,16 @@ class Tools:
         region: Sequence[float],
         bands: Sequence[int],
         plan: Callable[[Region, float | None], Looks],
+        embeddings: str = "",
     ) -> Call:
         started = time.perf_counter()
 
         def planned() -> Call:
             scene = self._scene(image, bands)
             looks = plan(scene.region(region), scene_gsd_m(scene))
-            return Call(scene, looks, started, dense=plan is look_densely)
+            return Call(
+                scene, looks, started, dense=plan is look_densely, known=self._known(embeddings, scene, region)
+            )
 
         return await asyncio.to_thread(planned)
 
@@ -362,8 +371,14 @@ class Tools:
     ) -> Seen[_A]:
         """The answers to all looks. `reduce` says what was found until the deadline; `take` as in `stream`."""
 
-        async def ask(tiles: list[np.ndarray]) -> Sequence[_A]:
-            response = await self._client.perceive(request, tiles)
+        known = call.known
+
+        async def ask(tiles: list[np.ndarray], regions: Sequence[Region]) -> Sequence[_A]:
+            told = request
+            if known is not None:
+                anchors = await asyncio.to_thread(lambda: [known.at(region) for region in regions])
+                told = request.model_copy(update={"anchors": anchors})
+            response = await self._client.perceive(told, tiles)
             answers = pick(response)
             wanted = len(tiles) // 2 if call.pair is not None else len(tiles)
             if len(answers) != wanted:
@@ -429,10 +444,16 @@ class Tools:
             return []
 
     async def _amount(
-        self, amount: Amount, image: str, region: Sequence[float], bands: Sequence[int], progress: Progress | None
+        self,
+        amount: Amount,
+        image: str,
+        region: Sequence[float],
+        bands: Sequence[int],
+        embeddings: str,
+        progress: Progress | None,
     ) -> VqaResult | None:
         """The answer from boxes or a mask; None where the model does not know the thing or the place has no area."""
-        call = await self._call(image, region, bands, look_densely)
+        call = await self._call(image, region, bands, look_densely, embeddings)
         if amount.kind == "area" and call.scene.georeference is None:
             return None
         request = _ground_request(call, amount.phrase)
@@ -457,6 +478,13 @@ class Tools:
             return False
         answers = [*(one.known for one in response.objects), *(known for one in response.masks for known in one.known)]
         return bool(answers) and all(answers)
+
+    def _known(self, embeddings: str, scene: Scene, region: Sequence[float]) -> Knowledge | None:
+        if not embeddings.strip():
+            return None
+        from rs_tools.imagery.anchors import Knowledge
+
+        return Knowledge(self._policy, embeddings, scene, region)
 
     def _left(self, call: Call) -> float:
         return self._deadline_s - (time.perf_counter() - call.started)

@@ -19,6 +19,7 @@ class Ask:
     """One message to the model.
 
     images: uint8 [H, W, 3] each, shown before the message, in this order.
+    anchors: float32 [S, 66] of the first image (see protocol.py), or None.
     expert: row of the feed-forward expert, 0 where a model has one.
     steps: most tokens that it may say.
     options: where given, nothing is said: each option is weighed as the whole answer.
@@ -29,6 +30,7 @@ class Ask:
     steps: int
     expert: int = 0
     options: tuple[str, ...] = ()
+    anchors: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Dialect(Protocol):
 
     name: str
     tasks: tuple[Task, ...]
+    anchored: bool  # whether anchors bear on its answers
 
     def route(self, task: Task) -> tuple[str, str]:
         """Task token and expert that serve a task."""

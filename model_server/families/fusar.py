@@ -1,7 +1,7 @@
 """FUSAR-GPT: Qwen2.5-VL fine-tuned on SAR, asked for boxes in the words of its published examples.
 
-The words for the other tasks are ours. Its modulation needs AlphaEarth anchors of the scene, which our requests do not
-carry: without them the visual tokens stay as they are.
+The words for the other tasks are ours. Its modulation needs AlphaEarth anchors of the scene: without them the visual
+tokens stay as they are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from model_server.text.boxes import BoxDialect, parse_boxes
 STEPS: dict[Task, int] = {"caption": 512, "vqa": 128, "classify": 0, "ground": 2048}
 LEAD = "This is a SAR image."
 _EXAMPLE = '{  "bbox_2d": [x1, y1, x2, y2], "label": "category name" }'
-_NO_ANCHORS = "No AlphaEarth anchors are given to this checkpoint, so its image tokens are not modulated by them."
+_NO_ANCHORS = (
+    "This checkpoint was trained with AlphaEarth embeddings of the place; none came with this image, so nothing modulates "
+    "its tokens. Name the raster of them in `embeddings`."
+)
 _OPTICAL = "This checkpoint was trained on SAR imagery; this is said to be optical."
 
 
@@ -51,6 +54,7 @@ class FusarDialect:
 
     name = "fusar"
     tasks: tuple[Task, ...] = ("caption", "vqa", "classify", "ground")
+    anchored = True
 
     def __init__(self, side: int) -> None:
         self._side = side
@@ -60,7 +64,8 @@ class FusarDialect:
 
     def ask(self, query: Query) -> list[Ask]:
         options = query.labels if query.task == "classify" else ()
-        return [Ask((query.image,), f"{LEAD} {_words(query)}", STEPS[query.task], options=options)]
+        message = f"{LEAD} {_words(query)}"
+        return [Ask((query.image,), message, STEPS[query.task], options=options, anchors=query.anchors)]
 
     def read(self, query: Query, said: Sequence[Said]) -> TileAnswer:
         height, width = query.image.shape[:2]
@@ -79,7 +84,8 @@ class FusarDialect:
                 raise TaskNotServed(query.task, self.name, self.tasks)
 
     def cautions(self, request: PerceiveRequest) -> list[str]:
-        return [_NO_ANCHORS, *([_OPTICAL] if request.modality == "optical" else [])]
+        missing = not any(len(known) for known in request.anchors)
+        return [*([_NO_ANCHORS] if missing else []), *([_OPTICAL] if request.modality == "optical" else [])]
 
 
 def detection(target: str) -> str:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 
 from model_server.families.asking import Ask, Said
 from model_server.families.pictures import Processing
-from model_server.families.seen import SeenPictures
+from model_server.families.seen import SeenPictures, Shown
 from model_server.families.speaking import greedy, weigh
 from model_server.families.words import Words
 from model_server.model.llava import ImageTokens, LlavaVLM, Prompt
@@ -62,16 +61,16 @@ class LlavaSpeaker:
         return max(1, min(steps, self.context - prompt.real.shape[1]))
 
     def _prompt(self, asks: Sequence[Ask]) -> Prompt:
-        tokens = iter(self._seen.of([image for ask in asks for image in ask.images], self._encode, ROWS))
+        tokens = iter(self._seen.of([(image,) for ask in asks for image in ask.images], self._encode, ROWS))
         ids = [
             torch.tensor(self.words.prompt(self.prompt(ask.message, len(ask.images))), device=self.device)
             for ask in asks
         ]
         return self.model.prompt(ids, [[next(tokens) for _ in ask.images] for ask in asks])
 
-    def _encode(self, pictures: Sequence[np.ndarray]) -> list[ImageTokens]:
-        views = [self.processing.views(picture).to(self.device, self.dtype) for picture in pictures]
-        return self.model.encode(views, [(picture.shape[1], picture.shape[0]) for picture in pictures])
+    def _encode(self, shown: Sequence[Shown]) -> list[ImageTokens]:
+        views = [self.processing.views(picture).to(self.device, self.dtype) for picture, *_ in shown]
+        return self.model.encode(views, [(picture.shape[1], picture.shape[0]) for picture, *_ in shown])
 
 
 def _bytes(image: ImageTokens) -> int:

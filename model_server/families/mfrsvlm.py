@@ -62,6 +62,7 @@ class MFRSVLMDialect:
 
     name = "mfrsvlm"
     tasks: tuple[Task, ...] = ("caption", "vqa", "classify", "ground")
+    anchored = False
 
     def __init__(self, side: int) -> None:
         self._side = side

@@ -10,7 +10,7 @@ import numpy as np
 from model_server.batching.engine_errors import QueryFailed
 from model_server.families.asking import Dialect, Said, Speaker
 from model_server.families.reading import UNCALIBRATED
-from model_server.protocol import ModelInfo, PerceiveRequest, Task, TaskNotServed, TileAnswer
+from model_server.protocol import UNUSED_ANCHORS, ModelInfo, PerceiveRequest, Task, TaskNotServed, TileAnswer
 from model_server.query import Query
 from model_server.text.malformed import MalformedText
 
@@ -36,7 +36,8 @@ class PublishedPerceiver:
         return self.dialect.route(task)
 
     def warnings(self, request: PerceiveRequest) -> list[str]:
-        return [UNCALIBRATED, *self.dialect.cautions(request)]
+        unused = [UNUSED_ANCHORS] if request.anchors and not self.dialect.anchored else []
+        return [UNCALIBRATED, *unused, *self.dialect.cautions(request)]
 
     def answer(self, queries: Sequence[Query]) -> list[TileAnswer | QueryFailed]:
         """Answer a mixed batch, in order; all messages of all queries are said together. Words that do not hold what

@@ -28,6 +28,7 @@ class PlainDialect:
     """
 
     tasks: tuple[Task, ...] = TASKS
+    anchored = False
 
     def __init__(self, name: str, grounding: str, read: Reader, scale: Callable[[int, int], float]) -> None:
         self.name = name

@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model_server.checkpoints.adapters.fusar_inputs import PromptWriter, cut_patches
+from model_server.checkpoints.adapters.fusar_inputs import WIDTH, PromptWriter, cut_patches
 from model_server.families.asking import Ask, Said
-from model_server.families.seen import SeenPictures
+from model_server.families.seen import SeenPictures, Shown
 from model_server.families.speaking import greedy, weigh
 from model_server.families.words import Words
+from model_server.model.modulation import Anchors
 from model_server.model.qwen_vision import Grid
 from model_server.model.qwen_vl import QwenPrompt, QwenVLM
 
@@ -59,21 +60,31 @@ class QwenSpeaker:
         return Said.weighed(ask.options, options, found)
 
     def _prompt(self, asks: Sequence[Ask]) -> QwenPrompt:
-        seen = self._seen.of([ask.images[0] for ask in asks], self._encode, ROWS)
+        shown = [ask.images[:1] if ask.anchors is None else (ask.images[0], ask.anchors) for ask in asks]
+        seen = self._seen.of(shown, self._encode, ROWS)
         ids = [self.writer.ids(ask.message, grid).to(self.device) for ask, (_, grid) in zip(asks, seen, strict=True)]
         return self.model.prompt(ids, [[one] for one in seen])
 
-    def _encode(self, pictures: Sequence[np.ndarray]) -> list[tuple[Tensor, Grid]]:
+    def _encode(self, shown: Sequence[Shown]) -> list[tuple[Tensor, Grid]]:
         cut = [
             cut_patches(
                 Image.fromarray(picture), self.model.config, self.writer.mean, self.writer.std,
                 self.size(picture.shape[1], picture.shape[0]),
             )
-            for picture in pictures
+            for picture, *_ in shown
         ]  # fmt: skip
         patches, grids = zip(*cut, strict=True)
-        tokens = self.model.encode(torch.cat(patches).to(self.device, self.dtype), grids)
+        known = Anchors.of([_anchors(*anchors) for _, *anchors in shown], WIDTH).to(self.device)
+        tokens = self.model.encode(torch.cat(patches).to(self.device, self.dtype), grids, known)
         return list(zip(tokens, grids, strict=True))
+
+
+def _anchors(known: np.ndarray | None = None) -> tuple[Tensor, Tensor] | None:
+    """Vectors [S, 64] and places [S, 2] of one image; None where there are none."""
+    if known is None or not len(known):
+        return None
+    vectors, places = torch.from_numpy(known.copy()).split([WIDTH, 2], 1)
+    return vectors, places
 
 
 def _bytes(image: tuple[Tensor, Grid]) -> int:

@@ -69,6 +69,7 @@ class RSUniVLMDialect:
 
     name = "rsunivlm"
     tasks: tuple[Task, ...] = ("caption", "vqa", "classify", "ground", "segment", "detect_change")
+    anchored = False
 
     def __init__(self, side: int) -> None:
         self._side = side

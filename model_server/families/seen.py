@@ -1,6 +1,6 @@
 """Encoded pictures kept for the next message about them, up to a limit in bytes; the one used longest ago goes first.
 
-A speaker has one network and one processing, so that the pixels alone are the key.
+A speaker has one network and one processing, so that the pixels are the key, with what is known of their place.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 T = TypeVar("T")
+Shown = tuple[np.ndarray, ...]  # a picture, uint8 [H, W, 3], and where they are known its anchors, float32 [S, 66]
 LIMIT = 512 * 2**20
 
 
@@ -24,7 +25,7 @@ class SeenPictures(Generic[T]):
         self._kept: OrderedDict[bytes, T] = OrderedDict()
         self._bytes = 0
 
-    def of(self, pictures: Sequence[np.ndarray], encode: Callable[[Sequence[np.ndarray]], list[T]],
+    def of(self, pictures: Sequence[Shown], encode: Callable[[Sequence[Shown]], list[T]],
            together: int) -> list[T]:  # fmt: skip
         """What is encoded of each picture; those not kept are encoded, each once, so many at a time."""
         keys = [_key(picture) for picture in pictures]
@@ -46,5 +47,8 @@ class SeenPictures(Generic[T]):
             self._bytes -= self._size(self._kept.popitem(last=False)[1])
 
 
-def _key(picture: np.ndarray) -> bytes:
-    return hashlib.sha256(repr(picture.shape).encode() + np.ascontiguousarray(picture).tobytes()).digest()
+def _key(shown: Shown) -> bytes:
+    sha = hashlib.sha256(repr([array.shape for array in shown]).encode())
+    for array in shown:
+        sha.update(np.ascontiguousarray(array).data)
+    return sha.digest()

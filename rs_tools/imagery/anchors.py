@@ -14,13 +14,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
-from rs_tools.errors import ImageError, InputError
+from rs_tools.errors import AccessError, ImageError, InputError
 from rs_tools.geometry.measures import Georeference
 from rs_tools.imagery.access import AccessPolicy
 from rs_tools.imagery.scene import Scene
@@ -29,6 +29,7 @@ WIDTH = 64
 NODATA = -128
 MAX_NODES = 64  # per axis
 _YEAR = re.compile(r"(?<!\d)(?:19|20)\d\d(?!\d)")
+_DATE = re.compile(r"(?<!\d)((?:19|20)\d\d)(?:-?(?:0[1-9]|1[0-2])-?(?:0[1-9]|[12]\d|3[01]))?(?!\d)")  # a year or a day
 _BAND = re.compile(r"A(\d\d)")
 
 
@@ -40,7 +41,7 @@ class SceneAnchors:
         vectors: float32 [S, 64], about unit length; S is 0 where nothing is known of the place.
         positions: float32 [S, 2], (y, x) as shares of the region's height and width, from edge to edge.
         lonlat: float64 [S, 2], WGS84 degrees.
-        year: the year that the vectors describe.
+        year: the year that the vectors describe; 0 where it is not known.
         sources: names of the files that they come from.
         warnings: what a user of them should know.
     """
@@ -65,7 +66,8 @@ class EmbeddingLayers:
 
     Args:
         policy: what may be read.
-        folder: where the rasters are, inside the policy's roots; empty takes the roots.
+        folder: where the rasters are, inside the policy's roots; empty takes the roots. One raster is taken too, also
+            where nothing tells its year.
 
     Raises:
         AccessError: the folder may not be read.
@@ -75,9 +77,12 @@ class EmbeddingLayers:
     def __init__(self, policy: AccessPolicy, folder: str = "") -> None:
         self._policy = policy
         self._files: dict[int, list[Path]] = {}
-        for path in policy.images(folder):
+        single = _single(policy, folder)
+        for path in policy.images(folder) if single is None else ():
             if (year := year_of(path)) is not None:
                 self._files.setdefault(year, []).append(path)
+        if single is not None:
+            self._files[year_of(single) or 0] = [single]
         if not self._files:
             raise ImageError(
                 f"There are no embedding rasters of a known year in {folder or 'the allowed folders'}; "
@@ -133,6 +138,81 @@ class EmbeddingLayers:
                 vectors[missing] = read
                 sources.append(path.name)
         return vectors, tuple(sources)
+
+
+class Knowledge:
+    """The embeddings of one year, for the looks at one scene.
+
+    Attributes:
+        described: names and year of the rasters that were used so far.
+        warnings: what a reader of the answers should know.
+
+    Args:
+        policy: what may be read.
+        given: a raster of embeddings, or a folder of those of one year.
+        scene: what is looked at.
+        region: the part of it that all looks are in.
+
+    Raises:
+        AccessError: it may not be read.
+        InputError: it holds several years.
+        ImageError: it holds no embeddings, or none of this place; or the scene has no known place.
+    """
+
+    NODES = 5  # per axis of a look
+
+    def __init__(self, policy: AccessPolicy, given: str, scene: Scene, region: Sequence[float]) -> None:
+        self._layers, self._scene = EmbeddingLayers(policy, given), scene
+        years = self._layers.years
+        if len(years) > 1:
+            known = ", ".join(map(str, years))
+            raise InputError(
+                f"{given} holds embeddings of several years ({known}): name the folder of the year in which the image "
+                f"was taken, such as {given.rstrip('/')}/{years[-1]}, or one raster."
+            )
+        (self._year,) = years
+        self._sources: set[str] = set()
+        self._nodes = self._found = 0
+        whole = self._layers.anchors(scene, self._year, self.NODES, region)
+        if not len(whole.vectors):
+            x1, y1, x2, y2 = scene.region(region)
+            assert scene.georeference is not None
+            ((lon, lat),) = scene.georeference.lonlat(np.array([[(x1 + x2) / 2, (y1 + y2) / 2]]))
+            raise ImageError(
+                f"{given} holds no embedding at the region's place (its middle is {lon:.4f} E, {lat:.4f} N): give the "
+                "raster of this place, or leave `embeddings` empty."
+            )
+
+    def at(self, region: Sequence[float]) -> np.ndarray:
+        """float32 [S, 66] anchors of one look, as they go to the model server; S is 0 where none are known."""
+        found = self._layers.anchors(self._scene, self._year, self.NODES, region)
+        self._sources |= set(found.sources)
+        self._nodes += self.NODES**2
+        self._found += len(found.vectors)
+        return np.concatenate([found.vectors, found.positions], 1)
+
+    @property
+    def described(self) -> str:
+        return f"{', '.join(sorted(self._sources))} ({self._year or 'year unknown'})"
+
+    @property
+    def warnings(self) -> list[str]:
+        told = list(_warnings(self._year, self._year, self._found, self._nodes))
+        taken = _DATE.search(PurePath(self._scene.source.name).stem)
+        if taken and self._year and int(taken[1]) != self._year:
+            told.append(f"The image's name says {taken[1]}; the embeddings are of {self._year}.")
+        return told
+
+
+def _single(policy: AccessPolicy, given: str) -> Path | None:
+    """The raster that is named; None where it is a folder. What may not be read is refused when the folder is."""
+    if not given:
+        return None
+    try:
+        source = policy.resolve(given)
+    except AccessError:  # no file: a folder, or neither, which `AccessPolicy.images` says
+        return None
+    return source if isinstance(source, Path) else None
 
 
 def dequantise(raw: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 from model_server.protocol import (
+    UNUSED_ANCHORS,
     ModelInfo,
     PerceiveRequest,
     PerceiveResponse,
@@ -120,6 +121,8 @@ class UpstreamClient:
         started = time.perf_counter()
         step = 2 if request.task == "detect_change" else 1
         heard = Heard()
+        if request.anchors:
+            heard.note(UNUSED_ANCHORS)
         items = [tiles[i : i + step] for i in range(0, len(tiles), step)]
         pairs = await _all([self._item(request, item, heard) for item in items])
         answers = self._readable(request, [answer for answer, _ in pairs], heard)
