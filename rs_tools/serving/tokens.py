@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import logging
 from pathlib import Path
 
 from mcp.server.auth.middleware.auth_context import get_access_token
 from mcp.server.auth.provider import AccessToken, principal_components
+
+logger = logging.getLogger(__name__)
 
 MIN_TOKEN = 20  # characters; 32 random hexadecimal digits are 128 bits
 
@@ -26,7 +29,10 @@ def caller_of(token: AccessToken) -> str:
 
 
 class BearerTokens:
-    """Callers by their tokens. Of a token only its digest is kept.
+    """Callers by their tokens, as a file says it now. Of a token only its digest is kept.
+
+    The file is read again when it has changed. Where it cannot be used then, who was let in before is let in still, and
+    the log says why.
 
     Args:
         path: a file of lines `NAME TOKEN`; empty lines, and lines that begin with #, do not count. A name may come
@@ -39,30 +45,60 @@ class BearerTokens:
     """
 
     def __init__(self, path: Path) -> None:
-        self._digests: list[tuple[bytes, str]] = []
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            fields = line.split()
-            if not fields or fields[0].startswith("#"):
-                continue
-            if len(fields) != 2:
-                raise ValueError(f"line {number} is not of the form: NAME TOKEN")
-            name, token = fields
-            if len(token) < MIN_TOKEN:
-                raise ValueError(f"the token in line {number} has fewer than {MIN_TOKEN} characters")
-            if any(_digest(token) == known for known, _ in self._digests):
-                raise ValueError(f"the token in line {number} came before")
-            self._digests.append((_digest(token), name))
-        if not self._digests:
-            raise ValueError("there is no token in it; give lines of the form: NAME TOKEN")
+        self._path = path
+        self._stamp = _stamp(path)
+        self._digests = _read(path)
 
     async def verify_token(self, token: str) -> AccessToken | None:
         """The caller with this token. Takes as long whichever token it is, or none."""
+        self._refresh()
         given, name = _digest(token), None
         for known, owner in self._digests:
             if hmac.compare_digest(given, known):
                 name = owner
         # Nothing needs the token itself again, so it is not passed on.
         return None if name is None else AccessToken(token="", client_id=name, scopes=[])
+
+    def _refresh(self) -> None:
+        stamp = _stamp(self._path)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._digests = _read(self._path)
+        except (OSError, ValueError) as error:
+            logger.error("the changed file of tokens cannot be used, and those read before hold: %s", error)
+        else:
+            logger.info("the changed file of tokens was read: there are %d", len(self._digests))
+
+
+def _read(path: Path) -> list[tuple[bytes, str]]:
+    """Digests of tokens, and whose they are."""
+    digests: dict[bytes, str] = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        fields = line.split()
+        if not fields or fields[0].startswith("#"):
+            continue
+        if len(fields) != 2:
+            raise ValueError(f"line {number} is not of the form: NAME TOKEN")
+        name, token = fields
+        if len(token) < MIN_TOKEN:
+            raise ValueError(f"the token in line {number} has fewer than {MIN_TOKEN} characters")
+        if _digest(token) in digests:
+            raise ValueError(f"the token in line {number} came before")
+        digests[_digest(token)] = name
+    if not digests:
+        raise ValueError("there is no token in it; give lines of the form: NAME TOKEN")
+    return list(digests.items())
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Another one when the file was written or replaced; None where it cannot be looked at."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def _digest(token: str) -> bytes:

@@ -198,6 +198,32 @@ def test_a_file_of_tokens_that_cannot_be_meant_is_refused_without_its_content(
     assert BOB not in str(refusal.value)
 
 
+async def test_tokens_added_and_withdrawn_count_without_a_restart(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "tokens"
+    path.write_text(f"alice {ALICE}\n")
+    tokens = BearerTokens(path)
+
+    async def let_in() -> list[str]:
+        found = [await tokens.verify_token(token) for token in (ALICE, BOB)]
+        return [one.client_id for one in found if one is not None]
+
+    assert await let_in() == ["alice"]
+    path.write_text(f"alice {ALICE}\nbob {BOB}\n")
+    assert await let_in() == ["alice", "bob"]
+    (tmp_path / "new").write_text(f"bob {BOB}\n")
+    (tmp_path / "new").replace(path)
+    assert await let_in() == ["bob"]
+    path.write_text(f"alice {ALICE} by mistake\n")
+    assert await let_in() == ["bob"]
+    path.unlink()
+    assert await let_in() == ["bob"]
+    said = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert ["line 1" in said[0], "No such file" in said[1], len(said)] == [True, True, 2]
+    assert ALICE not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
