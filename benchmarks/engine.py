@@ -12,6 +12,7 @@ Tables:
   mixed     captions (image), boxes (region) and masks (pixel) alone and in turn
   tools     six questions on one image against the same on six images
   parts     the cache switched off; experts mixed in one step against one expert for all
+  generate  captions of one view, greedy, against `transformers.generate` with the decoder exported as a Llama
 
 Wall times mean little where other work shares the cores. CPU seconds count the work itself: with one thread a tile per
 CPU second is a tile per second of a core of its own.
@@ -40,15 +41,17 @@ import numpy as np
 import torch
 
 from model_server.app import _keep_freed_memory
+from model_server.checkpoints.store import load_checkpoint
 from model_server.engine import Engine
 from model_server.model.config import EXPERTS, nano
 from model_server.model.rsvlm import RSVLM
 from model_server.model.seen import prefixes, see
 from model_server.model.slots import Lane, Prefix, prefill
-from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver, Query
+from model_server.perceiver import CAPTION_TOKENS, DEFAULT_WEIGHTS, TASK_TOKEN, Perceiver, Query
 from model_server.protocol import PerceiveRequest
 
 sys.path.insert(0, str(Path(__file__).parent))
+import static_generate
 from latency import SCENE, percentile, read_tiles
 
 WORDS = (
@@ -90,8 +93,8 @@ COLUMNS = ["tiles/s", "tiles per CPU s", "CPU ms/tile"]
 class Bench:
     """The model, tiles, and the tables measured so far."""
 
-    def __init__(self, perceiver: Perceiver, requests: int) -> None:
-        self.perceiver, self.requests = perceiver, requests
+    def __init__(self, perceiver: Perceiver, requests: int, weights: Path = DEFAULT_WEIGHTS) -> None:
+        self.perceiver, self.requests, self.weights = perceiver, requests, weights
         self._tiles = read_tiles(SCENE, 16)
         self._made = itertools.count()
         self.tables: dict[str, list[Row]] = {}
@@ -316,9 +319,41 @@ def step_costs(steps: int = 12) -> dict[str, float]:
     return costs
 
 
+async def measure_generate(bench: Bench) -> None:
+    """Both sides read the same embeddings and must write the same tokens; see static_generate for what is left out."""
+    perceiver, plain = bench.perceiver, load_checkpoint(bench.weights, "cpu").model
+    with torch.inference_mode():
+        images = [bench.fresh() for _ in range(max(bench.requests, STATIC))]
+        visual = torch.cat([perceiver.model.encode(perceiver._pixels([image])).visual for image in images])
+    tokenizer = perceiver.tokenizer
+    how = static_generate.Writing(
+        tokenizer.tasks[TASK_TOKEN["caption"]], tokenizer.end, tokenizer.pad, perceiver._banned, CAPTION_TOKENS
+    )
+    llama = static_generate.as_llama(plain.decoder)
+    sides = {
+        "transformers.generate, one at a time": lambda: static_generate.static(llama, visual, how, 1),
+        f"transformers.generate, batches of {STATIC}": lambda: static_generate.static(llama, visual, how, STATIC),
+        f"a lane of {STATIC} places, projections not packed": lambda: static_generate.continuous(
+            plain, visual, how, STATIC
+        ),
+        f"a lane of {STATIC} places": lambda: static_generate.continuous(perceiver.model, visual, how, STATIC),
+    }
+    rows, first = [], None
+    for name, write in sides.items():
+        written = write()
+        first = first or written
+        differ = sum(a != b for a, b in zip(written.ids, first.ids, strict=True))
+        n, tokens = len(written.ids), sum(len(ids) + 1 for ids in written.ids)
+        rows.append([name, f"{n / written.wall_s:.1f}", f"{1000 * written.cpu_s / n:.1f}", f"{tokens}", f"{differ}",
+                     f"{first.wall_s / written.wall_s:.2f}", f"{first.cpu_s / written.cpu_s:.2f}"])  # fmt: skip
+    header = ["captions of one view, greedy", "answers/s", "CPU ms/answer", "tokens", "answers that differ", "x (wall)",
+              "x (CPU)"]  # fmt: skip
+    bench.table("generate", header, rows)
+
+
 TABLES: dict[str, Callable[[Bench], Coroutine[Any, Any, None]]] = {
     "callers": measure_callers, "bulk": measure_bulk, "mixed": measure_mixed, "tools": measure_tools,
-    "parts": measure_parts,
+    "parts": measure_parts, "generate": measure_generate,
 }  # fmt: skip
 
 
@@ -337,7 +372,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     perceiver = Perceiver.load(options.weights)
     perceiver.warm_up()
-    bench = Bench(perceiver, options.requests)
+    bench = Bench(perceiver, options.requests, options.weights)
     print(f"{perceiver.info.model} {perceiver.info.precision}, {datetime.now(UTC):%d %B %Y %H:%M} UTC, "
           f"{platform.platform()}, plan {perceiver.plan}")  # fmt: skip
     measure_machine(bench)
