@@ -4,9 +4,9 @@ Shared by both sides, so it needs pydantic, numpy and safetensors only. A reques
 body: tensors `tile_0` .. `tile_{n-1}`, each uint8 [H, W, 3] RGB, and the request as JSON under the metadata
 key `request`. What is known of a tile's place may ride along as `anchors_0` .. `anchors_{n-1}`, float32 [S, 66]: 64
 values of an AlphaEarth embedding and its place (y, x) as shares of the tile's height and width; S may be 0, and a
-request has them for every tile or for none. The answer is a safetensors body too, its JSON under `response`; probabilities of masks and change ride
-as its tensors `mask_{i}` [K, H, W] and `change_{i}` [H, W], uint8, on the pixels of the i-th sent tile or pair.
-No pickle, no base64.
+request has them for every tile or for none. The answer is a safetensors body too, its JSON under `response`;
+probabilities of masks and change ride as its tensors `mask_{i}` [K, H, W] and `change_{i}` [H, W], uint8, on the pixels
+of the i-th sent tile or pair. No pickle, no base64.
 """
 
 from __future__ import annotations

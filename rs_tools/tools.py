@@ -82,9 +82,9 @@ class Tools:
     (not a readable raster), RegionError, InputError, PairError, ArtifactError, DeadlinePassed, and of the model server
     ServerBusy, ServerUnavailable, ServerError. `image` is a path under an allowed root. `region` is [x1, y1, x2, y2] in
     pixels, empty for the whole image. `bands` are one (grey) or three (red, green, blue) band numbers, empty lets the
-    file decide. `embeddings` is a raster of AlphaEarth embeddings, or a folder of those of one year, for a model that is
-    modulated by them; empty for none. `progress` is told, plainly or async, how many looks at the region are done, of
-    how many, and that in words.
+    file decide. `embeddings` is a raster of AlphaEarth embeddings, or a folder of those of one year, for a model that
+    is modulated by them; empty for none. `progress` is told, plainly or async, how many looks at the region are done,
+    of how many, and that in words.
 
     A region beyond one look's size is looked at many times; `imagery.tiling` says at which scales, `reduction` how the
     answers become one. Cancelling a call ends its reading and asking.

@@ -27,8 +27,8 @@ STEPS: dict[Task, int] = {"caption": 512, "vqa": 128, "classify": 0, "ground": 2
 LEAD = "This is a SAR image."
 _EXAMPLE = '{  "bbox_2d": [x1, y1, x2, y2], "label": "category name" }'
 _NO_ANCHORS = (
-    "This checkpoint was trained with AlphaEarth embeddings of the place; none came with this image, so nothing modulates "
-    "its tokens. Name the raster of them in `embeddings`."
+    "This checkpoint was trained with AlphaEarth embeddings of the place; none came with this image, so nothing "
+    "modulates its tokens. Name the raster of them in `embeddings`."
 )
 _OPTICAL = "This checkpoint was trained on SAR imagery; this is said to be optical."
 
