@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from model_server.batching.engine_errors import QueryFailed
 from model_server.batching.feature_cache import ByteCache
@@ -51,7 +52,7 @@ class _AtOnce:
     """A model that answers whole batches, as one of which nothing is ever being written."""
 
     plan = None
-    places: dict[Priority, int] = {"interactive": ALL_AT_ONCE, "bulk": ALL_AT_ONCE // 2}
+    places = MappingProxyType[Priority, int]({"interactive": ALL_AT_ONCE, "bulk": ALL_AT_ONCE // 2})
 
     def __init__(self, resident: Resident) -> None:
         self._resident = resident
@@ -141,7 +142,7 @@ class Device:
     def _begin(self, queries: Sequence[Query], priority: Priority) -> list[Outcome | Hashable]:
         try:
             return self._whole(queries, priority)
-        except Exception as error:  # as above
+        except Exception as error:  # whatever the model raises: the guilty query is told, the others are answered
             short = is_out_of_memory(error)
             if not short and len(queries) == 1:
                 return [_failed(queries[0], error)]
@@ -169,7 +170,7 @@ class Device:
             return [*self._begin(queries[:half], priority), *self._begin(queries[half:], priority)]
         try:
             return self._whole(queries, priority)
-        except Exception as error:  # as above
+        except Exception as error:  # whatever the model raises, memory or not: this query is told
             return [_failed(queries[0], error)]
 
     def _alone(self, query: Query, priority: Priority) -> Outcome:
@@ -182,7 +183,7 @@ class Device:
                 for writing, answer in self.model.step(priority):
                     if writing == outcome:
                         return answer
-        except Exception as error:  # as above
+        except Exception as error:  # whatever the model raises: this query is told
             self.model.drop(outcome)
             return _failed(query, error)
 

@@ -6,7 +6,6 @@ Knows pixels and text, nothing of rasters, HTTP or queues.
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict, deque
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack
@@ -35,20 +34,17 @@ from model_server.protocol import (
     ModelInfo,
     PerceiveRequest,
     Priority,
-    RankedAnswer,
     Task,
     TaskNotServed,
     TileAnswer,
     TileCaption,
-    TileClasses,
-    TileVqa,
 )
 from model_server.query import Query
+from model_server.scene_labels import SceneLabels
 from model_server.sentences import Sentences
 from model_server.text.agreement import most_agreed
-from model_server.text.answers import answer_kind
-from model_server.text.comparison import Comparison, Kind, odds, read_comparison
-from model_server.text.names import readable
+from model_server.text.comparison import Comparison, read_comparison
+from model_server.wording import comparison_answer, sentence, vqa_answer
 
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "nano"
 TASK_TOKEN: dict[Task, str] = {
@@ -59,7 +55,6 @@ WORDS: tuple[Task, ...] = ("caption", "vqa", "classify")  # answered from the po
 DENSE: dict[Task, str] = {"ground": "region", "segment": "pixel", "detect_change": "pixel"}  # and its granularity
 CAPTION_BEAMS, CAPTION_TOKENS, CAPTION_LENGTH_POWER = 3, 40, 0.3
 ANSWER_BEAMS, ANSWER_TOKENS = 5, 16
-SURE = 0.8  # what a full description names
 ENCODED = 4  # images at a time: with sixteen, all of whose views leave the processor's caches, it takes longer
 PLACES: dict[Priority, int] = {"interactive": 8, "bulk": 2}  # new tiles of a pass
 TOGETHER = 16  # images that `answer` takes in at a time
@@ -132,8 +127,8 @@ class Perceiver:
             precision="float32",
             device=device,
         )
-        merged = dict(self.config.merged_labels)
-        self.taxonomy = tuple(name for name in self.config.labels if name not in merged)
+        self.labels = SceneLabels(self.model, self.sentences)
+        self.taxonomy = self.labels.taxonomy
         self._banned = torch.zeros(self.config.decoder.vocab_size, dtype=torch.bool, device=self.device)
         self._banned[[self.tokenizer.pad, *self.tokenizer.tasks.values()]] = True
         self._salt = f"{loaded.digest} {self.config.image_size}"
@@ -297,7 +292,9 @@ class Perceiver:
             if query.task == "classify":
                 labelled[query.labels].append(i)
         for labels, rows in labelled.items():
-            outcomes.update(zip(rows, self._classes(torch.cat([seen[i].pooled for i in rows]), labels), strict=True))
+            pooled = torch.cat([seen[i].pooled for i in rows])
+            classes = self.labels.classes(pooled, labels, self.calibration.label_temperature)
+            outcomes.update(zip(rows, classes, strict=True))
         with ExitStack() as undo:
             for task in ("caption", "vqa"):
                 rows = [i for i, q in enumerate(queries) if q.task == task]
@@ -363,20 +360,18 @@ class Perceiver:
         return done
 
     def _said(self, writing: Writing) -> TileAnswer:
-        said = writing.said
+        said = [
+            [(self.tokenizer.decode(h.ids), h.logprob) for h in writing.said[i]] for i in range(len(writing.said))
+        ]
         if writing.comparison:
-            return self._compared(writing.comparison.kind, self._numbers(said[0]), self._numbers(said[1]))
-        return self._vqa(said[0]) if writing.query.task == "vqa" else self._caption(writing, said[0])
-
-    def _numbers(self, hypotheses: Sequence[Hypothesis]) -> dict[int, float]:
-        """How probable each number is among what was said; empty where no number was."""
-        said = [(self.tokenizer.decode(h.ids), math.exp(h.logprob)) for h in hypotheses]
-        numbers = [(int(text), p) for text, p in said if text.isdecimal()]
-        return {n: sum(p for m, p in numbers if m == n) / sum(p for _, p in numbers) for n, _ in numbers}
-
-    def _compared(self, kind: Kind, a: Mapping[int, float], b: Mapping[int, float]) -> TileVqa:
-        """Even odds, so an abstention, where the model gave no number for one of the two."""
-        return self._yes_no(self.calibration.comparison(odds(kind, a, b)) if a and b else 0.5)
+            return comparison_answer(writing.comparison.kind, said[0], said[1], self.calibration)
+        if writing.query.task == "vqa":
+            return vqa_answer(said[0], self.calibration)
+        best = most_agreed([text for text, _ in said[0]], [logprob for _, logprob in said[0]])
+        text = sentence(said[0][best][0])
+        if writing.query.detail == "full":
+            text = " ".join([text, *self.labels.findings(writing.pooled, self.calibration.label_temperature)])
+        return TileCaption(caption=text, confidence=self.calibration.caption(writing.said[0][best].score(1.0)))
 
     @torch.inference_mode()
     def image_features(self, images: Sequence[np.ndarray]) -> np.ndarray:
@@ -413,80 +408,3 @@ class Perceiver:
 
     def _pixels(self, images: Sequence[np.ndarray]) -> Tensor:
         return torch.stack([square(image, self.config.image_size) for image in images]).to(self.device)
-
-    def _caption(self, writing: Writing, hypotheses: Sequence[Hypothesis]) -> TileCaption:
-        said = [self.tokenizer.decode(h.ids) for h in hypotheses]
-        best = most_agreed(said, [h.logprob for h in hypotheses])
-        text = sentence(said[best])
-        if writing.query.detail == "full":
-            text = " ".join([text, *self._findings(writing.pooled)])
-        return TileCaption(caption=text, confidence=self.calibration.caption(hypotheses[best].score(1.0)))
-
-    def _findings(self, pooled: Tensor) -> list[str]:
-        """Sentences on the scene and the objects that the heads are sure of."""
-        scores = self._label_scores(pooled, self.taxonomy)[0]
-        best = max(range(len(scores)), key=scores.__getitem__)
-        seen = self.model.heads.objects(pooled).sigmoid()[0].tolist()
-        objects = [name for name, p in zip(self.config.objects, seen, strict=True) if p >= SURE]
-        out = [f"The scene looks like {self.taxonomy[best]}."] if scores[best] >= SURE else []
-        return [*out, f"Visible: {', '.join(objects)}."] if objects else out
-
-    def _vqa(self, hypotheses: Sequence[Hypothesis]) -> TileVqa:
-        said = list({self.tokenizer.decode(h.ids): h.logprob for h in reversed(hypotheses)}.items())[::-1]
-        answer, logprob = said[0]
-        kind = answer_kind(answer)
-        if kind == "yes_no":
-            return self._yes_or_no(dict(said))
-        confidence = self.calibration.answer_confidence(logprob)
-        rest = sum(math.exp(p) for _, p in said[1:])
-        return TileVqa(
-            answer=answer,
-            kind=kind,
-            confidence=confidence,
-            abstained=confidence < self.calibration.abstain_below(yes_no=False),
-            alternatives=[
-                RankedAnswer(answer=a, confidence=(1 - confidence) * math.exp(p) / max(rest, 1e-9))
-                for a, p in said[1:4]
-            ],
-        )
-
-    def _yes_or_no(self, said: Mapping[str, float]) -> TileVqa:
-        """The calibrated odds of yes against no, whatever else might have been said."""
-        least = min(said.values())  # of an answer that is not among the best, no more is known than that it is rarer
-        return self._yes_no(self.calibration.yes_no(said.get("yes", least) - said.get("no", least)))
-
-    def _yes_no(self, yes: float) -> TileVqa:
-        """The answer at this calibrated probability of yes."""
-        answer, other = ("yes", "no") if yes >= 0.5 else ("no", "yes")
-        confidence = max(yes, 1 - yes)
-        return TileVqa(
-            answer=answer,
-            kind="yes_no",
-            confidence=confidence,
-            abstained=confidence < self.calibration.abstain_below(yes_no=True),
-            alternatives=[RankedAnswer(answer=other, confidence=1 - confidence)],
-        )
-
-    def _classes(self, pooled: Tensor, labels: tuple[str, ...]) -> list[TileClasses]:
-        """Each row of pooled [B, head] over one list of labels; none = the taxonomy."""
-        scores = self._label_scores(pooled, labels or self.taxonomy, merge=not labels)
-        return [TileClasses(labels=list(labels or self.taxonomy), scores=row) for row in scores]
-
-    def _label_scores(self, pooled: Tensor, labels: Sequence[str], merge: bool = True) -> list[list[float]]:
-        """Probabilities [B, N] over a list of labels; `merge` adds what near-synonyms of the taxonomy got."""
-        merged = dict(self.config.merged_labels) if merge else {}
-        names = [*labels, *merged]
-        row = {name: i for i, name in enumerate(self.config.labels)}
-        known = torch.tensor([row.get(readable(name), -1) for name in names], device=self.device)
-        logits = self.model.heads.label_logits(pooled, self.sentences.vectors(names), known)
-        probabilities = (logits / self.calibration.label_temperature).softmax(-1)
-        out = probabilities[:, : len(labels)].clone()
-        for i, name in enumerate(merged, start=len(labels)):
-            out[:, list(labels).index(merged[name])] += probabilities[:, i]
-        return out.tolist()
-
-
-def sentence(text: str) -> str:
-    """Capital and full stop."""
-    text = re.sub(r"\s+", " ", text).strip()
-    return text[:1].upper() + text[1:] + "." if text else text

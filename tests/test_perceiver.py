@@ -14,6 +14,7 @@ from model_server.model.generate import Hypothesis
 from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver, Query, WeightsError, Writing
 from model_server.protocol import TileAnswer, TileCaption, TileClasses, TileMasks, TileObjects, TileVqa
 from model_server.text.answers import answer_kind
+from model_server.wording import yes_or_no
 
 ROOT = Path(__file__).parents[1]
 
@@ -297,15 +298,11 @@ def test_calibration_maps_probabilities_monotonically_and_survives_json() -> Non
     assert Calibration.from_json(calibration.to_json()) == calibration
 
 
-def test_a_leaning_towards_no_is_mended_by_the_calibration(
-    perceiver: Perceiver, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_leaning_towards_no_is_mended_by_the_calibration() -> None:
     said = {"no": float(np.log(0.6)), "yes": float(np.log(0.3)), "farmland": float(np.log(0.01))}
-    monkeypatch.setattr(perceiver, "calibration", Calibration(yes_no=Logistic(1.0, 0.0)))
-    plain = perceiver._yes_or_no(said)
+    plain = yes_or_no(said, Calibration(yes_no=Logistic(1.0, 0.0)))
     assert (plain.answer, plain.confidence) == ("no", pytest.approx(2 / 3))
-    monkeypatch.setattr(perceiver, "calibration", Calibration(yes_no=Logistic(1.0, 1.5)))
-    mended = perceiver._yes_or_no(said)
+    mended = yes_or_no(said, Calibration(yes_no=Logistic(1.0, 1.5)))
     assert mended.answer == "yes"
     assert mended.alternatives[0].answer == "no"
     assert mended.confidence + mended.alternatives[0].confidence == pytest.approx(1)

@@ -69,7 +69,7 @@ class RequestLog:
 
         try:
             await self._app(scope, received, sent)
-        except Exception:
+        except Exception:  # whatever it is goes on to the server, which answers 500: the log and the counts say so
             record.status = 500
             raise
         finally:

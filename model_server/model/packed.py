@@ -1,4 +1,4 @@
-"""Convolutions and projections as oneDNN runs them fastest on a CPU: weights laid out once, ReLU6 and residual fused in.
+"""Convolutions and projections as oneDNN runs them fastest: weights laid out once, ReLU6 and residual fused in.
 
 A plain convolution brings its weights into the kernel's own layout at every call, and writes and reads its output once
 more for ReLU6 and once more for the residual. Both are done here when the model is loaded, or inside the kernel. A
@@ -7,6 +7,8 @@ oneDNN's rate. The function is the same up to rounding; the result can neither b
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +93,8 @@ class PackedLinear(nn.Module):
 def pack_decoder(decoder: Decoder) -> None:
     """Pack the projections of its blocks, and the one onto the vocabulary, in place."""
     pack_projections(decoder.blocks)
-    decoder.head = PackedLinear(decoder.embed.weight if decoder.head is None else decoder.head.weight)
+    head = PackedLinear(decoder.embed.weight if decoder.head is None else decoder.head.weight)
+    decoder.head = cast("nn.Linear", head)  # which is only ever called
 
 
 @torch.no_grad()
