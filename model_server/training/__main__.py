@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -18,6 +18,7 @@ from model_server.training.answers import AnswersRun, AnswersTrainer
 from model_server.training.dense import DenseRun, DenseTrainer
 from model_server.training.export import calibrate, export
 from model_server.training.language import SETS, LanguageRun, LanguageTrainer
+from model_server.training.place import Device, on
 from model_server.training.polish import Polisher, PolishRun
 from model_server.training.vision import VisionRun, VisionTrainer
 
@@ -43,6 +44,9 @@ def train(
     seed: Annotated[int, typer.Option(help="of weights, order and views")] = 0,
     limit: Annotated[int | None, typer.Option(help="use about this many images of each split")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's choice")] = None,
+    device: Annotated[
+        Device, typer.Option(help="of the stages vision to answers; auto: a GPU where there is one")
+    ] = Device.AUTO,
 ) -> None:
     """Train the model on a directory of labelled sets. The weights end in RUN/weights.
 
@@ -56,14 +60,9 @@ def train(
         for name in stage or list(Stage):
             typer.echo(f"stage {name}")
             match name:
-                case Stage.VISION:
-                    VisionTrainer(VisionRun(**shared)).fit()
-                case Stage.LANGUAGE:
-                    LanguageTrainer(LanguageRun(**shared)).fit()
-                case Stage.POLISH:
-                    Polisher(PolishRun(**shared)).fit()
-                case Stage.ANSWERS:
-                    AnswersTrainer(AnswersRun(**shared)).fit()
+                case Stage.VISION | Stage.LANGUAGE | Stage.POLISH | Stage.ANSWERS:
+                    with on(device):
+                        words(name, shared)
                 case Stage.DENSE:
                     DenseTrainer(DenseRun(**shared)).fit()
                 case Stage.EXPORT:
@@ -71,6 +70,19 @@ def train(
                     if processes.is_main():
                         finish(trainer, DenseRun(**shared))
             processes.wait()  # the next stage reads what this one wrote
+
+
+def words(stage: Stage, shared: dict[str, Any]) -> None:
+    """Train a stage of the backbone, the heads or the decoder."""
+    match stage:
+        case Stage.VISION:
+            VisionTrainer(VisionRun(**shared)).fit()
+        case Stage.LANGUAGE:
+            LanguageTrainer(LanguageRun(**shared)).fit()
+        case Stage.POLISH:
+            Polisher(PolishRun(**shared)).fit()
+        case _:
+            AnswersTrainer(AnswersRun(**shared)).fit()
 
 
 def finish(trainer: LanguageTrainer, dense: DenseRun) -> None:

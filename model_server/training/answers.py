@@ -24,6 +24,7 @@ from model_server.training import processes
 from model_server.training.counted import compared
 from model_server.training.language import LanguageRun, LanguageTrainer, stored_questions
 from model_server.training.packing import IGNORE, Packed, pack, packed_hidden
+from model_server.training.place import half, here
 from model_server.training.records import Record
 from model_server.training.texts import ImageTexts, Text, scene_presence
 
@@ -65,7 +66,7 @@ class AnswersTrainer(LanguageTrainer):
     def __init__(self, run: AnswersRun) -> None:
         self.answers = run
         super().__init__(run)
-        polished = torch.load(run.run / "polish.pt", weights_only=True)["average"]
+        polished = torch.load(run.run / "polish.pt", map_location=here(), weights_only=True)["average"]
         self.held = copy.deepcopy(self.average)
         self.held.load_state_dict(polished, strict=False)
         if self.step == 0:
@@ -88,7 +89,7 @@ class AnswersTrainer(LanguageTrainer):
         packed = pack(texts, self.tokenizer, self.questions, run.answer_weight)
         captions = pack(said, self.tokenizer, self.questions, run.answer_weight)
         maps, pooled = self.maps(images)
-        with torch.autocast("cpu", torch.bfloat16, enabled=run.bf16):
+        with half(run.bf16):
             with torch.no_grad():
                 wanted = _logits(self.held, self.held.fuse(maps, pooled), captions).log_softmax(-1)
             logits = _logits(self.model, self.model.fuse(maps, pooled), packed)

@@ -33,7 +33,7 @@ FINISHED = ("answers", "polish", "language")  # the last of them that there is, 
 def export(trainer: LanguageTrainer, folder: Path) -> None:
     """Write the averaged model of the last finished stage of a run, without calibration yet."""
     last = next(path for stage in FINISHED if (path := trainer.run.run / f"{stage}.pt").exists())
-    trainer.average.load_state_dict(torch.load(last, weights_only=True)["average"], strict=False)
+    trainer.average.load_state_dict(torch.load(last, map_location="cpu", weights_only=True)["average"], strict=False)
     save_checkpoint(folder, trainer.average, trainer.tokenizer, trainer.sentence_tokenizer, Calibration())
 
 

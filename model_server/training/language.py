@@ -31,6 +31,7 @@ from model_server.text.tokenizer import TextTokenizer
 from model_server.training import processes
 from model_server.training.images import batches, epoch_order, load_images, thinned
 from model_server.training.packing import IGNORE, EncodedQuestion, Packed, pack, packed_hidden
+from model_server.training.place import half, here
 from model_server.training.records import read_records
 from model_server.training.start import sentence_parts
 from model_server.training.targets import Vocabulary, cosine_decay
@@ -61,7 +62,7 @@ class LanguageRun:
 
 def trained_vision(run: Path) -> tuple[dict[str, Tensor], Vocabulary]:
     """The averaged network and the vocabulary of stage `vision`."""
-    state = torch.load(run / "vision.pt", weights_only=True)
+    state = torch.load(run / "vision.pt", map_location=here(), weights_only=True)
     return state["average"], Vocabulary(**{k: tuple(v) for k, v in state["vocabulary"].items()})
 
 
@@ -88,7 +89,7 @@ def stored_questions(
     """As `encode_questions`, kept in a file for the next stage or a resumed one, which ask the same."""
     with processes.main_first():
         if path.exists():
-            kept: dict[str, tuple[Tensor, Tensor]] = torch.load(path, weights_only=True)
+            kept: dict[str, tuple[Tensor, Tensor]] = torch.load(path, map_location=here(), weights_only=True)
             if kept.keys() >= set(questions):
                 return {q: EncodedQuestion(*parts) for q, parts in kept.items()}
         encoded = encode_questions(encoder, tokenizer, questions)
@@ -147,7 +148,7 @@ class LanguageTrainer:
         return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
 
     def resume(self) -> None:
-        state = torch.load(self.checkpoint, weights_only=True)
+        state = torch.load(self.checkpoint, map_location=here(), weights_only=True)
         self.model.load_state_dict(state["model"], strict=False)
         self.average.load_state_dict(state["average"], strict=False)
         self.optimiser.load_state_dict(state["optimiser"])
@@ -167,7 +168,7 @@ class LanguageTrainer:
     @torch.no_grad()
     def maps(self, images: Tensor) -> tuple[dict[int, Tensor], Tensor]:
         """Frozen backbone, bf16: uint8 [B, 3, S, S] -> float32 maps and pooled vectors."""
-        maps, pooled = self.encoder(images)
+        maps, pooled = self.encoder(images.to(here()))
         return {s: m.float() for s, m in maps.items()}, pooled.float()
 
     def loss(self, features: Features, packed: Packed) -> Tensor:
@@ -187,7 +188,7 @@ class LanguageTrainer:
         texts = [self.texts[i].sample(rng) for i in rows][processes.share(len(rows))]
         packed = pack(texts, self.tokenizer, self.questions, run.answer_weight)
         maps, pooled = self.maps(images)
-        with torch.autocast("cpu", torch.bfloat16, enabled=run.bf16):
+        with half(run.bf16):
             return self.loss(self.model.fuse(maps, pooled), packed)
 
     def train_step(self, rows: np.ndarray, images: Tensor) -> float:

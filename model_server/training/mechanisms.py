@@ -37,8 +37,10 @@ from model_server.model.rsvlm import RSVLM, Features, Questions
 from model_server.model.vision import Backbone, square
 from model_server.text.questions import QA, presence_questions, scene_question
 from model_server.text.tokenizer import TextTokenizer
+from model_server.training import processes
 from model_server.training.language import FROZEN, encode_questions, trained_vision
 from model_server.training.packing import IGNORE, EncodedQuestion, pack, packed_hidden
+from model_server.training.place import Device, half, here, on
 from model_server.training.records import Record, load_image, read_records, set_names
 from model_server.training.start import sentence_parts
 from model_server.training.targets import cosine_decay
@@ -119,7 +121,7 @@ def cached(backbone: Backbone, records: Sequence[Record], strides: Sequence[int]
     pooled = []
     for i in track(range(0, len(records), BATCH), description=title):
         x = torch.stack([square(load_image(r.images[0]), side) for r in records[i : i + BATCH]])
-        found, vectors = backbone(x)
+        found, vectors = backbone(x.to(here()))
         pooled.append(vectors.bfloat16())
         for s in strides:
             maps[s].append(found[s].bfloat16())
@@ -205,7 +207,7 @@ class Bench:
 
     def loss(self, model: RSVLM, rows: np.ndarray, rng: Random) -> Tensor:
         packed = pack([self.texts[i].sample(rng) for i in rows], self.tokenizer, self.questions, 2.0)
-        with torch.autocast("cpu", torch.bfloat16):
+        with half(True):
             features = self.features(model, self.train, rows)
             hidden = packed_hidden(model, features, packed, torch.zeros(len(rows), dtype=torch.long))
             places = packed.target != IGNORE
@@ -322,8 +324,10 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="how often each variant is trained")] = 2,
     config: Annotated[str, typer.Option(help="nano, or debug for a run of seconds")] = Setting.config,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice")] = None,
+    device: Annotated[Device, typer.Option(help="auto: a GPU where there is one")] = Device.AUTO,
 ) -> None:
     """Train and measure every variant with every seed."""
+    processes.refuse_several("model_server.training.mechanisms")
     if threads:
         torch.set_num_threads(threads)
     setting = Setting(steps=steps, batch=batch, limit=limit, config=config)
@@ -334,14 +338,15 @@ def main(
     if not grid:
         typer.echo("everything has been measured already")
         return
-    bench = Bench(data, run, setting)
-    for variant, seed in grid:
-        outcome = bench.outcome(variant, seed)
-        outcomes.append(outcome)
-        typer.echo(json.dumps(asdict(outcome)))
-        rows = {"setting": asdict(setting), "train": len(bench.train.records), "val": len(bench.val.records),
-                "outcomes": [asdict(o) for o in outcomes]}  # fmt: skip
-        (out / JSON).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    with on(device):
+        bench = Bench(data, run, setting)
+        for variant, seed in grid:
+            outcome = bench.outcome(variant, seed)
+            outcomes.append(outcome)
+            typer.echo(json.dumps(asdict(outcome)))
+            rows = {"setting": asdict(setting), "train": len(bench.train.records), "val": len(bench.val.records),
+                    "outcomes": [asdict(o) for o in outcomes]}  # fmt: skip
+            (out / JSON).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     put(out, section(out))
 
 

@@ -27,6 +27,7 @@ from model_server.model.vision import square
 from model_server.training import processes
 from model_server.training.language import LanguageRun, LanguageTrainer
 from model_server.training.packing import IGNORE, pack, packed_hidden
+from model_server.training.place import half, here
 from model_server.training.texts import Text
 
 NEIGHBOURS, TEMPERATURE = 8, 0.07
@@ -62,7 +63,7 @@ class Polisher(LanguageTrainer):
         }
         self.near: dict[int, list[tuple[int, float]]] = {}
         if self.step == 0:
-            state = torch.load(run.run / "language.pt", weights_only=True)
+            state = torch.load(run.run / "language.pt", map_location=here(), weights_only=True)
             for model in (self.model, self.average):
                 model.load_state_dict(state["average"], strict=False)
 
@@ -100,7 +101,7 @@ class Polisher(LanguageTrainer):
         k, n = self.polish.samples, len(features.visual)
         if not n:
             return []
-        generator = torch.Generator().manual_seed(processes.own_seed(self.run.seed * 1_000_003 + self.step))
+        generator = torch.Generator(here()).manual_seed(processes.own_seed(self.run.seed * 1_000_003 + self.step))
         tasks = torch.full((n * k,), self.tokenizer.tasks["[CAP]"])
         rows, expert = torch.arange(n).repeat_interleave(k), torch.zeros(n * k, dtype=torch.long)
         logits, state = self.model.prefill(features.rows(rows), tasks, None, expert, MAX_TOKENS)
@@ -118,7 +119,7 @@ class Polisher(LanguageTrainer):
         maps, pooled = self.maps(images)
         captioned = [b for b, i in enumerate(rows) if int(i) in self.captions]
         self.model.eval()  # sample from the policy itself, without dropout
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=run.bf16):
+        with torch.no_grad(), half(run.bf16):
             said = self.draw(self.model.fuse(maps, pooled).rows(torch.tensor(captioned, dtype=torch.long)))
         self.model.train()
         drawn: list[list[Text]] = [[] for _ in rows]
@@ -129,7 +130,7 @@ class Polisher(LanguageTrainer):
             advantage[b] = ((reward - reward.mean()) * len(reward) / (len(reward) - 1)).tolist()
         texts = [[*a, *b] for a, b in zip(drawn, plain, strict=True)]
         packed = pack(texts, self.tokenizer, self.questions, run.answer_weight)
-        with torch.autocast("cpu", torch.bfloat16, enabled=run.bf16):
+        with half(run.bf16):
             hidden = packed_hidden(
                 self.model, self.model.fuse(maps, pooled), packed, torch.zeros(len(rows), dtype=torch.long)
             )

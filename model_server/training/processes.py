@@ -33,6 +33,23 @@ class UnevenBatch(ValueError):
     """The images of a batch do not divide among the processes."""
 
 
+class OneProcessOnly(SystemExit):
+    """A launcher started several processes of a command that is not spread over them; the text says what to run."""
+
+
+def refuse_several(command: str) -> None:
+    """End a process that is one of several.
+
+    Raises:
+        OneProcessOnly: naming the module to run, `command`.
+    """
+    if (several := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise OneProcessOnly(
+            f"{command} trains in one process, and a launcher started {several}: each would do the same work and write "
+            f"the same files. Run it alone: python -m {command} ..."
+        )
+
+
 @contextmanager
 def joined() -> Iterator[None]:
     """Be one of the processes that a launcher started, as RANK and WORLD_SIZE tell; without them, be alone."""

@@ -33,11 +33,13 @@ from model_server.model.rsvlm import RSVLM, Features
 from model_server.perceiver import DEFAULT_WEIGHTS
 from model_server.text.boxes import Box, BoxDialect, write_boxes
 from model_server.text.concepts import CONCEPTS, DISTRACTORS, every_phrase
+from model_server.training import processes
 from model_server.training.concepts import DISTRACTOR_SETS, absent, boxed
 from model_server.training.dense import trapezoid
 from model_server.training.dense_data import BOX_SETS, THINGS, Scene, Window, degraded, read_scenes, relit
 from model_server.training.language import encode_questions
 from model_server.training.packing import IGNORE, Packed, pack, packed_hidden
+from model_server.training.place import Device, half, here, on
 from model_server.training.texts import Text
 
 REGION = "region"
@@ -100,7 +102,7 @@ def region_model(model: RSVLM, path: Path) -> RSVLM:
     """A checkpoint's model with the best expert of a `region.pt`. Raises WeightsError where they do not fit."""
     grown = with_region_expert(model)
     try:
-        state = torch.load(path, weights_only=True)["best"]
+        state = torch.load(path, map_location=here(), weights_only=True)["best"]
     except (OSError, KeyError) as error:
         raise WeightsError(f"{path} is not what stage `region` saves: {error}") from error
     shapes = {name: p.shape for name, p in _trained(grown).items()}
@@ -197,7 +199,7 @@ class RegionTrainer:
     def __init__(self, run: RegionRun) -> None:
         self.run = run
         torch.manual_seed(run.seed)
-        loaded = load_checkpoint(run.start)
+        loaded = load_checkpoint(run.start, str(here()))
         self.tokenizer, sentences = loaded.tokenizer, loaded.sentence_tokenizer
         self.model = with_region_expert(loaded.model)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
@@ -220,7 +222,7 @@ class RegionTrainer:
             self.resume()
 
     def resume(self) -> None:
-        state = torch.load(self.checkpoint, weights_only=True)
+        state = torch.load(self.checkpoint, map_location=here(), weights_only=True)
         self.model.load_state_dict(state["model"], strict=False)
         self.average.load_state_dict(state["average"], strict=False)
         self.optimiser.load_state_dict(state["optimiser"])
@@ -244,13 +246,13 @@ class RegionTrainer:
     @torch.no_grad()
     def features(self, model: RSVLM, images: Tensor) -> Features:
         """Everything before the decoder is frozen."""
-        maps, pooled = self.encoder(images)
+        maps, pooled = self.encoder(images.to(here()))
         return model.fuse({s: m.float() for s, m in maps.items()}, pooled.float())
 
     def loss(self, model: RSVLM, views: Sequence[View]) -> Tensor:
         """Nats a token of the answers, a text of many boxes counting as much as its boxes."""
         packed: Packed = pack([v.texts for v in views], self.tokenizer, self.questions, 1.0)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.run.bf16):
+        with half(self.run.bf16):
             features = self.features(model, torch.stack([v.image for v in views]))
             hidden = packed_hidden(model, features, packed, torch.full((len(views),), self.expert))
             places = packed.target != IGNORE
@@ -320,14 +322,17 @@ def main(
     seed: Annotated[int, typer.Option(help="of order and views")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="about this many images of each set and split")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice")] = None,
+    device: Annotated[Device, typer.Option(help="auto: a GPU where there is one")] = Device.AUTO,
 ) -> None:
     """Train the region expert."""
+    processes.refuse_several("model_server.training.region")
     if threads:
         torch.set_num_threads(threads)
     run.mkdir(parents=True, exist_ok=True)
-    RegionTrainer(
-        RegionRun(data=data, run=run, weights=weights, steps=steps, batch=batch, seed=seed, limit=limit)
-    ).fit()  # fmt: skip
+    with on(device):
+        RegionTrainer(
+            RegionRun(data=data, run=run, weights=weights, steps=steps, batch=batch, seed=seed, limit=limit)
+        ).fit()  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from model_server.model.heads import ImageHeads
 from model_server.model.vision import Backbone, square
 from model_server.training import processes
 from model_server.training.images import batches, epoch_order, load_images, thinned
+from model_server.training.place import here, tensor
 from model_server.training.records import read_records
 from model_server.training.sentences import SentenceBank
 from model_server.training.start import start_backbone
@@ -77,20 +78,20 @@ def losses(net: VisionNet, pooled: Tensor, rows: np.ndarray, t: ImageTargets, ba
     dropped = F.dropout(pooled, 0.2)
     known = torch.arange(len(bank.label_vectors))
     logits = heads.label_logits(dropped, bank.label_vectors, known, keep)  # [B, labels]
-    scene = torch.from_numpy(t.scene[rows])
-    closed = torch.from_numpy(t.closed[t.group[rows]])
+    scene = tensor(t.scene[rows])
+    closed = tensor(t.closed[t.group[rows]])
     within = F.cross_entropy(logits.masked_fill(~closed, -1e4), scene, label_smoothing=0.0)
-    wrong = torch.from_numpy(t.open[t.scene[rows]])
+    wrong = tensor(t.open[t.scene[rows]])
     wrong[torch.arange(len(rows)), scene] = True  # the true label stays in the denominator
     across = F.cross_entropy(logits.masked_fill(~wrong, -1e4), scene)
-    presence = torch.from_numpy(t.presence[rows])
+    presence = tensor(t.presence[rows])
     asked = presence >= 0
     objects = F.binary_cross_entropy_with_logits(heads.objects(dropped), presence.clamp(min=0), reduction="none")
-    has = torch.from_numpy(t.has_captions[rows])
+    has = tensor(t.has_captions[rows])
     concepts = F.binary_cross_entropy_with_logits(
-        heads.concepts(dropped), torch.from_numpy(t.concepts[rows]), reduction="none"
+        heads.concepts(dropped), tensor(t.concepts[rows]), reduction="none"
     ).sum(1)
-    vectors = torch.from_numpy(t.tfidf[rows])[has]
+    vectors = tensor(t.tfidf[rows])[has]
     soft = torch.softmax(vectors @ vectors.T / 0.1, dim=1)
     pair = heads.similarity(pooled[has], captions[has])
     contrast = -(soft * pair.log_softmax(1)).sum(1).mean() - (soft.T * pair.log_softmax(0)).sum(0).mean()
@@ -141,7 +142,7 @@ class VisionTrainer:
             self.resume()
 
     def resume(self) -> None:
-        state = torch.load(self.checkpoint, weights_only=True)
+        state = torch.load(self.checkpoint, map_location=here(), weights_only=True)
         self.net.load_state_dict(state["net"])
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -162,7 +163,7 @@ class VisionTrainer:
 
     @torch.no_grad()
     def encode_early(self, images: Tensor) -> Tensor:
-        x = self.early.normalise(images).bfloat16().contiguous(memory_format=torch.channels_last)
+        x = self.early.normalise(images.to(here())).bfloat16().contiguous(memory_format=torch.channels_last)
         return self.early.early(x, self.net.frozen).float()
 
     def train_step(self, rows: np.ndarray, images: Tensor) -> dict[str, float]:
@@ -174,7 +175,7 @@ class VisionTrainer:
         self.net.train()
         pooled = processes.whole(self.net.pooled(self.encode_early(images)))  # the losses compare images of a batch
         captions = self.bank.sample(rows, rng)
-        keep = torch.from_numpy(rng.random(len(self.vocabulary.labels)) > 0.25)
+        keep = tensor(rng.random(len(self.vocabulary.labels)) > 0.25)
         terms = losses(self.net, pooled, rows, self.targets, self.bank, captions, keep)
         self.optimiser.zero_grad(set_to_none=True)
         torch.stack(list(terms.values())).sum().backward()
@@ -204,12 +205,12 @@ class VisionTrainer:
         figures: dict[str, float] = {}
         for name, rows in (("", known), ("_words", torch.full_like(known, -1))):
             logits = net.heads.label_logits(p, self.bank.label_vectors, rows)
-            logits = logits.masked_fill(~torch.from_numpy(t.closed[t.group]), -1e4)
-            right = (logits.argmax(1) == torch.from_numpy(t.scene)).float().numpy()
+            logits = logits.masked_fill(~tensor(t.closed[t.group]), -1e4)
+            right = (logits.argmax(1) == tensor(t.scene)).float().cpu().numpy()
             for g, set_name in enumerate(sorted({r.set for r in self.val})):
                 figures[f"{set_name}{name}"] = float(right[t.group == g].mean())
         truth = t.presence
-        yes = net.heads.objects(p).numpy() > 0
+        yes = net.heads.objects(p).cpu().numpy() > 0
         asked = truth >= 0
         figures["presence"] = float((yes == (truth == 1))[asked].mean())
         recall = [float((yes == want)[truth == want].mean()) for want in (0, 1)]
