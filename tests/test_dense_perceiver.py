@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model_server.batching.feature_cache import ByteCache
 from model_server.calibration import DenseCalibration, Logistic
 from model_server.dense.known_phrases import KnownPhrases
 from model_server.dense.perceiver import FLOOR, DensePerceiver
@@ -105,6 +107,27 @@ def test_images_of_one_size_go_through_together_and_one_array_at_one_scale_once(
         ]
     )
     assert sorted(passes) == [(1, 3, 64, 96), (2, 3, 64, 64)]
+
+
+def test_each_image_of_a_series_is_looked_at_once_whatever_it_is_compared_with(
+    dense: DensePerceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[int] = []
+    maps = dense._maps
+    monkeypatch.setattr(dense, "_maps", lambda images: passes.append(len(images)) or maps(images))
+    monkeypatch.setattr(dense, "cache", ByteCache[Any](2**26))
+    series = [picture(20 + i) for i in range(4)]
+    pairs = [Query("detect_change", before, after=after) for before, after in pairwise(series)]
+    first = dense.answer(pairs[:2])
+    assert passes == [3]
+    again = dense.answer([pairs[1], pairs[2]])
+    assert passes == [3, 1]
+    monkeypatch.setattr(dense, "cache", None)
+    for pair, found in zip([*pairs[:2], *pairs[1:]], [*first, *again], strict=True):
+        (alone,) = dense.answer([pair])
+        assert isinstance(found, TileChange)
+        assert isinstance(alone, TileChange)
+        near(found.probabilities, alone.probabilities)
 
 
 @pytest.mark.parametrize(("height", "width"), [(50, 70), (64, 64), (101, 33)])

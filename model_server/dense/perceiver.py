@@ -2,8 +2,8 @@
 
 Every query becomes looks at its image: one at the scale of its concept, or several where objects are searched over
 scales (working_scale). Looks of one padded size go through the network together, and queries on the same pixels at
-the same scale share one look, also with later ones while its features are kept. What comes back lies on the pixels of
-the image that was given.
+the same scale share one look, also with later ones while its features are kept; so do pairs that share an image. What
+comes back lies on the pixels of the image that was given.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model_server.batching.feature_cache import ByteCache
+from model_server.batching.feature_cache import ByteCache, image_key
 from model_server.calibration import DenseCalibration
 from model_server.dense.known_phrases import KnownPhrases, Meaning
 from model_server.dense.scale_search import Sighting, combined
@@ -50,11 +51,19 @@ class _Look:
 
 @dataclass(frozen=True)
 class _Pair:
+    """Two images of one size, at one scale."""
+
     query: int
     before: np.ndarray
     after: np.ndarray
     frame: Frame
     scale: float
+
+    @cached_property
+    def keys(self) -> tuple[Hashable, Hashable]:
+        """Of the maps of both."""
+        before, after = (("maps", image_key(image), self.frame.seen) for image in (self.before, self.after))
+        return before, after
 
 
 class DensePerceiver:
@@ -181,10 +190,9 @@ class DensePerceiver:
                 pairs.append(_Pair(i, query.image, query.after, Frame.of(query.image, scale), scale))
         answers = {}
         for group in _passes(pairs, lambda pair: pair.frame, 2):
-            frames, n = [pair.frame for pair in group], len(group)
-            images = [*(pair.before for pair in group), *(pair.after for pair in group)]
-            maps = self._maps(stacked(frames * 2, images))
-            logits = self.branch.change({s: m[:n] for s, m in maps.items()}, {s: m[n:] for s, m in maps.items()})
+            known = self._maps_of(group)
+            before, after = (_joined([known[pair.keys[side]] for pair in group]) for side in (0, 1))
+            logits = self.branch.change(before, after)
             for pair, row in zip(group, logits, strict=True):
                 answers[pair.query] = TileChange(
                     threshold=self._change_threshold(queries[pair.query].gsd_m),
@@ -192,6 +200,33 @@ class DensePerceiver:
                     probabilities=_bytes(pair.frame.logits_on_source(row[None]))[0],
                 )
         return answers
+
+    def _maps_of(self, group: Sequence[_Pair]) -> dict[Hashable, Maps]:
+        """Of each image of some pairs, whose looks have one padded size: a later pair may show it again, as in a series
+        of images each is once `after` and once `before`."""
+        wanted = {
+            key: (pair.frame, image)
+            for pair in group
+            for key, image in zip(pair.keys, (pair.before, pair.after), strict=True)
+        }
+        known: dict[Hashable, Maps] = {}
+        for key in wanted:
+            found = None if self.cache is None else self.cache.get(key)
+            if found is not None:
+                known[key] = found
+        missing = {key: look for key, look in wanted.items() if key not in known}
+        if missing:
+            frames, images = zip(*missing.values(), strict=True)
+            maps = self._maps(stacked(frames, images))
+            for i, key in enumerate(missing):
+                known[key] = {s: m[i : i + 1] for s, m in maps.items()}
+                self._keep(key, {s: m.clone() for s, m in known[key].items()})
+        return known
+
+    def _keep(self, key: Hashable, maps: Maps) -> None:
+        size = sum(m.nbytes for m in maps.values())
+        if self.cache is not None and size <= KEPT_SHARE * self.cache.limit:
+            self.cache.put(key, maps, size)
 
     def _change_threshold(self, gsd_m: float | None) -> float:
         return _of(self.calibration.change, change_kind(gsd_m))
@@ -233,6 +268,11 @@ def _looks(queries: Sequence[Query], meanings: dict[str, Meaning]) -> list[_Look
 
 def _key(look: _Look) -> Hashable:
     return "look", look.digest, look.frame.seen
+
+
+def _joined(maps: Sequence[Maps]) -> Maps:
+    """One batch of the maps of several images."""
+    return {stride: torch.cat([one[stride] for one in maps]) for stride in maps[0]}
 
 
 def _passes(items: Sequence[_T], frame_of: Callable[[_T], Frame], images: int) -> Iterator[list[_T]]:
