@@ -10,7 +10,7 @@ Tables:
             seen and on images seen before; beside it one query at a time, and static batches of 16, without the engine
   bulk      an interactive question alone, and while a caller sends a large scene as bulk
   mixed     captions (image), boxes (region) and masks (pixel) alone and in turn
-  tools     six questions on one image against the same on six images
+  tools     each tool alone and after the other five on one image; six on one image against the same on six images
   parts     the cache switched off; experts mixed in one step against one expert for all
   generate  captions of one view, greedy, against `transformers.generate` with the decoder exported as a Llama
 
@@ -33,6 +33,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the server does, before torch is loaded
@@ -255,33 +256,41 @@ async def measure_mixed(bench: Bench) -> None:
 
 
 async def measure_tools(bench: Bench) -> None:
-    after = bench.fresh()
+    """CPU only. Each tool alone on an image of its own, and as the last of six on one image; then all of them."""
     tools = [
         *WORDS, GRANULARITIES["region"], PerceiveRequest(task="segment", labels=["building"], gsd_m=0.3),
         PerceiveRequest(task="detect_change", gsd_m=0.5),
     ]  # fmt: skip
-    encode = [timed(lambda: len(see_one(bench))) for _ in range(max(bench.requests // 4, 5))]
-    one_encoding = sorted(run.cpu_ms for run in encode)[len(encode) // 2]
+    repeats = max(bench.requests // 12, 3)
+    one_encoding = median(timed(lambda: len(see_one(bench))).cpu_ms for _ in range(max(bench.requests // 4, 5)))
 
-    async def cost(engine: Engine, asked: Sequence[PerceiveRequest], same: bool) -> float:
-        runs = []
-        for _ in range(max(bench.requests // 12, 3)):
-            image = bench.fresh()
-            wall, cpu = time.perf_counter(), time.process_time()
-            for request in asked:
-                tile = image if same else bench.fresh()
-                await engine.perceive(request, [tile, after] if request.task == "detect_change" else [tile])
-            runs.append(Run(1, time.perf_counter() - wall, time.process_time() - cpu).cpu_ms)
-        return sorted(runs)[len(runs) // 2]
+    async def cost(engine: Engine, asked: Sequence[PerceiveRequest], same: bool = True) -> list[float]:
+        """Of each question, on one image that nobody has seen or on one each."""
+        image, spent = bench.fresh(), []
+        for request in asked:
+            tile = image if same else bench.fresh()
+            cpu = time.process_time()
+            await engine.perceive(request, [tile, bench.fresh()] if request.task == "detect_change" else [tile])
+            spent.append(1000 * (time.process_time() - cpu))
+        return spent
 
-    rows = [["one encoding of an image, all views", f"{one_encoding:.0f}", "1.00"]]
+    def row(name: str, alone: float, on_one: float) -> Row:
+        return [name, f"{alone:.0f}", f"{on_one:.0f}", f"{alone / one_encoding:.2f}", f"{on_one / one_encoding:.2f}"]
+
+    rows = [["one encoding of an image, all views", f"{one_encoding:.0f}", "", "1.00", ""]]
     async with serving(bench) as engine:
+        await cost(engine, tools)
+        for tool in tools:
+            others = [other for other in tools if other is not tool]
+            alone = [(await cost(engine, [tool]))[0] for _ in range(repeats)]
+            last = [(await cost(engine, [*others, tool]))[-1] for _ in range(repeats)]
+            rows.append(row(tool.task, median(alone), median(last)))
         for name, asked in (("caption, vqa, classify", WORDS), ("all six tools", tuple(tools))):
-            for same in (True, False):
-                spent = await cost(engine, asked, same)
-                of = "one image" if same else "an image each"
-                rows.append([f"{name}, {of}", f"{spent:.0f}", f"{spent / one_encoding:.2f}"])
-    bench.table("tools", ["what", "CPU ms", "x one encoding"], rows)
+            each = [sum(await cost(engine, asked, same=False)) for _ in range(repeats)]
+            one = [sum(await cost(engine, asked)) for _ in range(repeats)]
+            rows.append(row(name, median(each), median(one)))
+    header = ["what", "CPU ms, an image each", "on one image, after the others", "x one encoding", "x on one image"]
+    bench.table("tools", header, rows)
 
 
 @torch.inference_mode()
