@@ -153,7 +153,8 @@ def ask_all(subjects: Sequence[Subject], ask: _AskSubject, view: View, ending: s
     from rs_tools.tools import Tools
 
     with refusing():
-        policy = AccessPolicy(_roots(image for subject in subjects for image in subject.images))
+        named = [image for subject in subjects for image in subject.images]
+        policy = AccessPolicy(_roots([*named, Path(view.known)] if view.known else named))
 
     upstream = view.upstream
     printed, token = _Printed(view.as_json, many), view.token

@@ -41,6 +41,13 @@ Out = Annotated[
         metavar="DIR", help="Put the files there, named after the image; else they are kept a day in your cache."
     ),
 ]
+Embeddings = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH",
+        help="AlphaEarth raster of the place, or a folder of those of one year, for a model that is modulated by them.",
+    ),
+]
 
 
 ModelUrl = Annotated[
@@ -72,6 +79,11 @@ class View:
         return self.band or []
 
     @property
+    def known(self) -> str:
+        """Where the embeddings are; empty for none."""
+        return ""
+
+    @property
     def token(self) -> str | None:
         return read_token(self.model_url, self.token_file)
 
@@ -90,6 +102,22 @@ class FilesView(View):
 
     preview: Preview = False
     out: Out = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownView(View):
+    """The same of a place that something is known of."""
+
+    embeddings: Embeddings = None
+
+    @property
+    def known(self) -> str:
+        return "" if self.embeddings is None else str(self.embeddings.absolute())
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownFilesView(FilesView, KnownView):
+    """Both."""
 
 
 def read_token(model_url: str | None, file: Path | None) -> str | None:

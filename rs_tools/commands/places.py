@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from rs_tools.commands.asking import each, each_pair
-from rs_tools.commands.options import FilesView, Images, spread
+from rs_tools.commands.options import FilesView, Images, KnownFilesView, spread
 
 app = typer.Typer()
 
@@ -21,13 +21,13 @@ def ground(
     max_objects: Annotated[int, typer.Option(help="How many to list; the file holds all.")] = 100,
     min_score: Annotated[float, typer.Option(help="Least score; 0 is the model's own threshold.")] = 0.0,
     *,
-    view: FilesView,
+    view: KnownFilesView,
 ) -> None:
     """Find every QUERY in each IMAGE: boxes, places and scores."""
     each(
         images,
         lambda tools, image, progress: tools.ground(
-            image, query, view.pixels, max_objects, min_score, view.bands, view.preview, progress
+            image, query, view.pixels, max_objects, min_score, view.bands, view.preview, view.known, progress=progress
         ),
         view,
         "ground",
@@ -45,7 +45,9 @@ def segment(
     """Map which pixels of each IMAGE are of which class."""
     each(
         images,
-        lambda tools, image, progress: tools.segment(image, classes, view.pixels, view.bands, view.preview, progress),
+        lambda tools, image, progress: tools.segment(
+            image, classes, view.pixels, view.bands, view.preview, progress=progress
+        ),
         view,
         "segment",
     )
@@ -67,7 +69,7 @@ def detect_change(
         before,
         after,
         lambda tools, early, late, progress: tools.detect_change(
-            early, late, query, view.pixels, view.bands, view.preview, progress
+            early, late, query, view.pixels, view.bands, view.preview, progress=progress
         ),
         view,
         "change",

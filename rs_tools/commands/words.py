@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from rs_tools.commands.asking import Subject, ask_all, each
-from rs_tools.commands.options import AsJson, Bands, Images, View, spread
+from rs_tools.commands.options import AsJson, Bands, Images, KnownView, View, spread
 
 app = typer.Typer()
 
@@ -35,12 +35,14 @@ def caption(
     images: Images,
     detail: Annotated[Literal["short", "full"], typer.Option(help="One sentence, or more of what is seen.")] = "short",
     *,
-    view: View,
+    view: KnownView,
 ) -> None:
     """Say in words what each IMAGE shows."""
     each(
         images,
-        lambda tools, image, progress: tools.caption(image, view.pixels, detail, view.bands, progress),
+        lambda tools, image, progress: tools.caption(
+            image, view.pixels, detail, view.bands, view.known, progress=progress
+        ),
         view,
     )
 
@@ -51,12 +53,14 @@ def vqa(
     images: Images,
     question: Annotated[str, typer.Argument(help="One question about what is visible.", show_default=False)],
     *,
-    view: View,
+    view: KnownView,
 ) -> None:
     """Answer QUESTION about each IMAGE, with a calibrated confidence."""
     each(
         images,
-        lambda tools, image, progress: tools.vqa(image, question, view.pixels, view.bands, progress),
+        lambda tools, image, progress: tools.vqa(
+            image, question, view.pixels, view.bands, view.known, progress=progress
+        ),
         view,
     )
 
@@ -70,11 +74,13 @@ def classify(
     ] = None,
     top_k: Annotated[int, typer.Option(help="How many of the likeliest classes to print.")] = 5,
     *,
-    view: View,
+    view: KnownView,
 ) -> None:
     """Which scene class each IMAGE belongs to."""
     each(
         images,
-        lambda tools, image, progress: tools.classify(image, label or [], top_k, view.pixels, view.bands, progress),
+        lambda tools, image, progress: tools.classify(
+            image, label or [], top_k, view.pixels, view.bands, view.known, progress=progress
+        ),
         view,
     )

@@ -70,6 +70,7 @@ def test_list_shows_the_images_of_a_folder() -> None:
         (["caption", SCENE, "--region", "600", "0", "700", "100"], "560"),
         (["vqa", SCENE, " "], "question"),
         (["ground", SCENE, " "], "query"),
+        (["classify", SCENE, "--embeddings", SCENE], "64 bands"),
         (["segment", SCENE, "--class", " "], "characters"),
         (["detect-change", SCENE, SCENES / "yellowstone_road.jpg"], "place on Earth"),
     ],
