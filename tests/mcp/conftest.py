@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,18 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
+from http_processes import running_service
 from mcp import Client
 from mcp_models import PlantedModel
 from mcp_processes import (
-    STARTED_S,
     TOKEN,
     Connect,
     ModelServer,
-    accepts,
-    free_port,
     running_model_server,
     stdio,
-    wait_until,
 )
 
 import mcp_server
@@ -77,20 +72,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def http_server(model_server: ModelServer, token_file: Path, root: Path, artifacts: Path) -> Iterator[str]:
+def http_server(
+    model_server: ModelServer, token_file: Path, root: Path, artifacts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
     """The address of one `rs-mcp --http` for all tests."""
-    port = free_port()
     arguments = ["--root", str(root), "--model-url", model_server.url, "--token-file", str(token_file)]
     arguments += ["--artifacts", str(artifacts)]
-    arguments += ["--http", "--port", str(port), "--uploads", str(artifacts.with_name("uploads"))]
-    command = [sys.executable, "-m", "mcp_server", *arguments]
-    process = subprocess.Popen(command)
-    try:
-        wait_until(lambda: accepts(port))
-        yield f"http://127.0.0.1:{port}/mcp"
-    finally:
-        process.terminate()
-        process.wait(STARTED_S)
+    with running_service(tmp_path_factory.mktemp("service"), *arguments) as service:
+        yield f"{service.url}/mcp"
 
 
 @pytest.fixture(params=["stdio", "http"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -15,7 +16,7 @@ import httpx
 import httpx2
 from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
-from mcp_processes import STARTED_S, accepts, free_port, wait_until
+from mcp_processes import STARTED_S, wait_until
 
 CALL = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
 ACCEPT = {"Accept": "application/json, text/event-stream"}
@@ -35,6 +36,11 @@ class Service:
             options["json"] = CALL
         return httpx.post(self.url + path, headers=headers, trust_env=False, timeout=60, **options)
 
+    def told(self, words: str) -> str:
+        """The log, once these words stand in it: a line is written after its request was answered."""
+        wait_until(lambda: words in self.log.read_text())
+        return self.log.read_text()
+
     def get(self, path: str, **headers: str) -> httpx.Response:
         return httpx.get(self.url + path, headers=headers, trust_env=False, timeout=60)
 
@@ -51,16 +57,23 @@ class Service:
 
 @contextmanager
 def running_service(folder: Path, *arguments: str) -> Iterator[Service]:
-    """`rs-mcp --http` on a free port; its state and its log lie in `folder`."""
-    port, log = free_port(), folder / "log"
-    command = [sys.executable, "-m", "mcp_server", "--http", "--port", str(port), *arguments]
+    """`rs-mcp --http` on a port that it is given; its state and its log lie in `folder`."""
+    log = folder / "log"
+    command = [sys.executable, "-m", "mcp_server", "--http", "--port", "0", *arguments]
     environment = os.environ | {"RS_PERCEPTION_STATE": str(folder / "state")}
     with log.open("w") as file:
         process = subprocess.Popen(command, stderr=file, env=environment)
     try:
-        wait_until(lambda: accepts(port) or process.poll() is not None)
-        assert process.poll() is None, log.read_text()
-        yield Service(f"http://127.0.0.1:{port}", log)
+        wait_until(lambda: _address(log) is not None or process.poll() is not None)
+        url = _address(log)
+        assert url is not None, log.read_text()
+        yield Service(url, log)
     finally:
         process.terminate()
         process.wait(STARTED_S)
+
+
+def _address(log: Path) -> str | None:
+    """Where it serves, once it does."""
+    said = re.search(r"running on (http://\S+)", log.read_text())
+    return said and said[1]

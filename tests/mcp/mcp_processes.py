@@ -69,10 +69,5 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def accepts(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
 def stdio(*arguments: str, **environment: str) -> StdioServerParameters:
     return StdioServerParameters(command=sys.executable, args=["-m", "mcp_server", *arguments], env=environment)

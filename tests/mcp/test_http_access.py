@@ -108,7 +108,7 @@ def test_the_page_of_an_allowed_origin_may_ask_what_it_may_send_and_others_may_n
             "Access-Control-Request-Method": "POST",
             "Access-Control-Request-Headers": "authorization,content-type,mcp-protocol-version",
         }
-        return httpx.options(f"{service.url}/mcp", headers=headers, trust_env=False)
+        return httpx.options(f"{service.url}/mcp", headers=headers, trust_env=False, timeout=60)
 
     allowed, other = preflight(PAGE), preflight("https://evil.example")
     assert (allowed.status_code, allowed.headers["Access-Control-Allow-Origin"]) == (200, PAGE)
@@ -137,14 +137,14 @@ def test_an_enormous_body_is_refused_before_it_is_sent(service: Service, path: s
 
 def test_a_caller_who_asks_too_often_waits_and_others_do_not(root: Path, tmp_path: Path) -> None:
     (tmp_path / "tokens").write_text(f"alice {ALICE}\nbob {BOB}\n")
-    options = ["--tokens", str(tmp_path / "tokens"), "--rate-limit", "3"]
+    options = ["--tokens", str(tmp_path / "tokens"), "--rate-limit", "1"]
     with running_service(tmp_path, "--root", str(root), *options) as service:
-        answers = [service.post(token=ALICE) for _ in range(4)]
-        assert [answer.status_code == 429 for answer in answers] == [False, False, False, True]
-        assert 1 <= int(answers[-1].headers["Retry-After"]) <= 20
+        answers = [service.post(token=ALICE) for _ in range(2)]
+        assert [answer.status_code == 429 for answer in answers] == [False, True]
+        assert 1 <= int(answers[-1].headers["Retry-After"]) <= 60
         assert service.post("/images", token=ALICE).status_code == 429
         assert service.post(token=BOB).status_code != 429
-        assert [service.post().status_code for _ in range(4)] == [401, 401, 401, 429]
+        assert [service.post().status_code for _ in range(2)] == [401, 429]
         assert service.get("/health").status_code == 200
 
 
@@ -166,8 +166,7 @@ async def test_the_log_names_callers_and_what_they_asked_for_and_nothing_secret(
     service.post("/images", token=BOB, headers={"Host": "evil.example"})
     async with service.client(BOB) as client:
         assert "allowed" in text_of(await client.call_tool("inspect_image", {"image": "/etc/passwd"}))
-    log = service.log.read_text()
-    assert "'bob' POST '/mcp': 200" in log
+    log = service.told("'bob' POST '/mcp': 200")
     assert "127.0.0.1 POST '/mcp': 401" in log
     for secret in (ALICE, BOB, "a-wrong-token-of-somebody", "access_token"):
         assert secret not in log

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from http_processes import Service, running_service
-from mcp_processes import ModelServer, text_of
+from mcp_processes import STARTED_S, ModelServer, text_of
 
 from rs_tools.errors import AccessError
 from rs_tools.imagery.access import AccessPolicy
@@ -150,7 +150,7 @@ def test_an_upload_that_breaks_off_leaves_nothing(service: Service) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         head = f"POST /images HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {ALICE}\r\nContent-Length: 1000\r\n"
         connection.sendall(f"{head}\r\nII*\0".encode())
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + STARTED_S
         while sorted(folder.iterdir()) == kept and time.monotonic() < deadline:
             time.sleep(0.01)
     while sorted(folder.iterdir()) != kept:

@@ -116,8 +116,11 @@ def test_progress_grows_within_its_total_also_between_looks_and_when_a_call_look
 async def test_a_client_that_waits_no_longer_ends_the_work(folder: Path, model: GatedModel) -> None:
     async with Client(mcp_server.build_server(AccessPolicy([folder]))) as client:
         arguments = {"image": "large.tif", "question": QUESTION}
-        with pytest.raises(MCPError, match=r"(?i)timed out"):
-            await client.call_tool("vqa", arguments, read_timeout_seconds=5)
+        for patience_s in (3, 60):  # a loaded machine may not come to the second batch within the first of them
+            with pytest.raises(MCPError, match=r"(?i)timed out"):
+                await client.call_tool("vqa", arguments, read_timeout_seconds=patience_s)
+            if model.waiting.is_set():
+                break
         async with asyncio.timeout(300):
             await model.cancelled.wait()
     assert model.batches == 2

@@ -81,7 +81,7 @@ def test_over_http_a_foreign_host_or_origin_is_refused(http_server: str) -> None
     body = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
     headers = {"Accept": "application/json, text/event-stream"}
     for name, value, status in (("Host", "evil.example", 421), ("Origin", "https://evil.example", 403)):
-        answer = httpx.post(http_server, json=body, headers=headers | {name: value}, trust_env=False)
+        answer = httpx.post(http_server, json=body, headers=headers | {name: value}, trust_env=False, timeout=60)
         assert answer.status_code == status
 
 

@@ -173,11 +173,11 @@ async def test_cancelling_a_call_ends_its_work(tools: dict[str, BaseTool]) -> No
 
     caption = tools["caption"].model_copy(update={"ask": endless})
     waiting = asyncio.create_task(caption.ainvoke({"image": "early.tif"}))
-    assert await asyncio.to_thread(started.wait, 10)
+    assert await asyncio.to_thread(started.wait, 120)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    assert await asyncio.to_thread(ended.wait, 10)
+    assert await asyncio.to_thread(ended.wait, 120)
 
 
 # --- refusals
