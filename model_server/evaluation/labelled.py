@@ -13,7 +13,16 @@ from model_server.evaluation.dataset import EvaluatedSet
 from model_server.text.concepts import CONCEPTS, DISTRACTORS, Concept
 from model_server.text.names import readable
 from model_server.text.questions import askable_labels
-from model_server.training.concepts import ABSENT_IN_SCENE, ABSENT_WITH, DISTRACTOR_SETS, UNLABELLED, boxed
+from model_server.training.concepts import (
+    ABSENT_IN_SCENE,
+    ABSENT_WITH,
+    DISTRACTOR_SETS,
+    ONLY_IN_SCENE,
+    PRESENT_IN_SCENE,
+    SCENE_SETS,
+    UNLABELLED,
+    boxed,
+)
 from model_server.training.records import DataError, Record
 
 BACKGROUND = "background"
@@ -77,6 +86,8 @@ def denied(record: Record) -> list[str]:
         absent = [label for label in askable_labels(record.presence) if not record.presence[label]]
         names |= {name for label in absent for name in ABSENT_WITH.get(label, ())}
         names |= set(ABSENT_IN_SCENE.get(record.scene or "", ()))
+    elif record.set in SCENE_SETS and record.scene:
+        names |= {name for name, scenes in ONLY_IN_SCENE.items() if record.scene not in scenes}
     elif record.set in UNLABELLED:
         unlabelled = UNLABELLED[record.set]
         names |= {c.name for c in CONCEPTS.values() if c.name not in unlabelled and not c.labels & there}
@@ -90,4 +101,6 @@ def affirmed(record: Record) -> list[str]:
     """Phrases of things that the labels say are on this image, sorted."""
     names = {concept.name for o in record.objects if (concept := concept_of(o.label))}
     names |= {ABSENT_WITH[label][0] for label, there in record.presence.items() if there and label in ABSENT_WITH}
+    if not record.presence and record.set in SCENE_SETS:
+        names |= set(PRESENT_IN_SCENE.get(record.scene or "", ()))
     return sorted(names & THINGS)

@@ -10,8 +10,9 @@ from model_server.text.concepts import CONCEPTS, DISTRACTORS, Concept
 from model_server.training.records import Record
 
 __all__ = [
-    "ABSENT_IN_SCENE", "ABSENT_WITH", "CONCEPTS", "DERIVED", "DISTRACTORS", "DISTRACTOR_SETS", "FULL_SCENES", "RIVALS",
-    "UNLABELLED", "Concept", "absent", "boxed", "masked",
+    "ABSENT_IN_SCENE", "ABSENT_WITH", "CONCEPTS", "DERIVED", "DISTRACTORS", "DISTRACTOR_SETS", "FULL_SCENES",
+    "ONLY_IN_SCENE", "PRESENT_IN_SCENE", "PRESENT_WITH", "RIVALS", "SCENE_SETS", "UNLABELLED", "Concept", "absent",
+    "boxed", "masked", "present",
 ]  # fmt: skip
 
 # What may be in a set's images without being labelled; concepts that overlap a labelled one belong here, too.
@@ -62,10 +63,35 @@ ABSENT_IN_SCENE: dict[str, tuple[str, ...]] = {
     "airplane": ("water", "forest"),
     "runway": ("water", "forest"),
     "storage_tanks": ("water", "forest"),
-    "parking_lot": ("water", "forest"),
+    "parking_lot": ("water", "forest", "road"),
     "dense_residential": ("water", "forest"),
     "beach": ("road", "forest", "oil spill"),
     "harbor": ("forest", "road"),
+    "desert": ("water", "forest", "road", "ship"),
+    "bare_land": ("water", "forest", "ship"),
+    "mountain": ("ship", "airplane", "car"),
+    "meadow": ("ship", "airplane", "forest"),
+    "square": ("forest", "ship"),
+    "stadium": ("forest", "ship"),
+    "railway_station": ("forest", "ship", "water"),
+    "baseball_field": ("forest", "ship"),
+    "parking": ("forest", "water", "ship"),
+}
+# Presence labels and scenes that say of a concept that it is somewhere, though not where.
+PRESENT_WITH: dict[str, str] = {
+    "water": "water", "sea": "water", "buildings": "building", "trees": "tree", "cars": "car", "airplane": "airplane",
+    "ship": "ship",
+}  # fmt: skip
+PRESENT_IN_SCENE: dict[str, tuple[str, ...]] = {
+    "freeway": ("road",), "overpass": ("road",), "intersection": ("road",), "viaduct": ("road",),
+    "bridge": ("road", "water"), "river": ("water",), "pond": ("water",), "beach": ("water",),
+    "port": ("water", "ship"), "harbor": ("water",),
+}  # fmt: skip
+SCENE_SETS = frozenset({"ucm", "rsicd_aid"})  # known by labels of the whole image only
+# Where a scene's name is all that is known: the scenes that may hold a thing, which the others do not.
+ONLY_IN_SCENE: dict[str, frozenset[str]] = {
+    "airplane": frozenset({"airport"}),
+    "ship": frozenset("beach bridge harbor industrial park pond port resort river storage_tanks viaduct".split()),
 }
 
 
@@ -92,11 +118,19 @@ def masked(record: Record) -> dict[str, frozenset[int]]:
 
 def absent(record: Record) -> set[str]:
     """Concepts that are certainly nowhere on this image."""
-    if record.presence or record.set == "ucm":
+    if record.presence or record.set in SCENE_SETS:
         by_label = {c for label, there in record.presence.items() if not there for c in ABSENT_WITH.get(label, ())}
         water = ("water",) if not any(record.presence.get(k, True) for k in ("water", "sea")) else ()
-        return by_label | set(water) | set(ABSENT_IN_SCENE.get(record.scene or "", ())) | {"oil spill", "look-alike"}
+        elsewhere = {c for c, scenes in ONLY_IN_SCENE.items() if not record.presence and record.scene not in scenes}
+        by_scene = set(ABSENT_IN_SCENE.get(record.scene or "", ()))
+        return by_label | set(water) | by_scene | elsewhere | {"oil spill", "look-alike"}
     there = {label for o in record.objects for label in (o.label,)}
     labelled = boxed(record) | set(masked(record))
     out = set(CONCEPTS) - UNLABELLED.get(record.set, frozenset()) - labelled
     return {name for name in out if not CONCEPTS[name].labels & there}
+
+
+def present(record: Record) -> set[str]:
+    """Concepts that are somewhere on this image, by labels of the whole image."""
+    by_label = {concept for label, concept in PRESENT_WITH.items() if record.presence.get(label)}
+    return by_label | set(PRESENT_IN_SCENE.get(record.scene or "", ()))

@@ -20,17 +20,19 @@ from torch.nn import functional as F
 from model_server.model.looks import GREY
 from model_server.text.concepts import CONCEPTS, DISTRACTORS
 from model_server.training.concepts import (
-    ABSENT_IN_SCENE,
     DISTRACTOR_SETS,
     FULL_SCENES,
     RIVALS,
     absent,
     boxed,
     masked,
+    present,
 )
 from model_server.training.records import Record, load_image, read_records
 
 PHRASES = 4  # asked of each view
+MOST_OF_IT = 0.8  # of an image's area: a view of so much shows what is somewhere in the image
+SOUGHT = {"ship", "airplane", "car"}  # boxes are also learned from being told that such a thing is somewhere
 THINGS = tuple(c for c in CONCEPTS if c not in {"road", "water", "forest", "oil spill", "look-alike", "land"})
 
 
@@ -48,18 +50,20 @@ BOX_SETS = {
     "estonia_aerial": Share(0.28, 0.45, 2.0),
     "neon_trees": Share(0.12, 0.6, 2.0),
     "hrsid_sar": Share(0.10, 0.6, 2.5),
-    "ucm": Share(0.12, 0.9, 1.8),
+    "ucm": Share(0.12, 0.7, 1.8),
+    "rsicd_aid": Share(0.10, 1.4, 2.6),  # no boxes: what is not there
 }
 MASK_SETS = {
-    "epfl_roads": Share(0.24, 0.6, 2.0),
-    "flood": Share(0.20, 0.4, 1.2),
-    "amazon_forest": Share(0.08, 0.5, 1.6),
-    "hrsid_sar": Share(0.10, 0.6, 2.2),
-    "oil_spill_sar": Share(0.18, 0.35, 1.1),
-    "ucm": Share(0.06, 0.9, 1.6),
-    "inshore_ships": Share(0.06, 0.25, 0.8),  # these three by the middles of their boxes
-    "estonia_aerial": Share(0.05, 0.6, 2.0),
-    "neon_trees": Share(0.03, 0.7, 1.6),
+    "epfl_roads": Share(0.25, 0.5, 2.2),
+    "flood": Share(0.21, 0.4, 1.2),
+    "amazon_forest": Share(0.06, 0.5, 1.6),
+    "hrsid_sar": Share(0.08, 0.6, 2.2),
+    "oil_spill_sar": Share(0.12, 0.35, 1.1),
+    "ucm": Share(0.15, 0.75, 1.5),  # these two by labels of the whole image
+    "rsicd_aid": Share(0.05, 1.0, 2.2),
+    "inshore_ships": Share(0.04, 0.25, 0.8),  # these three by the middles of their boxes
+    "estonia_aerial": Share(0.03, 0.6, 2.0),
+    "neon_trees": Share(0.01, 0.7, 1.6),
 }
 CHANGE_SETS = {
     "oscd": Share(0.30, 0.9, 2.4),
@@ -223,6 +227,7 @@ class Boxes:
     meant: list[Tensor]  # per image bool [K, N]: box n is what phrase k means
     known: list[Tensor]  # per image bool [N]: False = only a fragment is seen, neither object nor background
     complete: list[Tensor]  # per image bool [K]: False = the set does not label k, which only its other objects deny
+    somewhere: list[Tensor]  # per image bool [K]: k is in the view, nobody knows where
 
 
 @dataclass
@@ -233,6 +238,11 @@ class Masks:
     phrases: Tensor  # [B, K, E]
     target: Tensor  # float [B, K, S, S], 0 or 1
     weight: Tensor  # float [B, K, S, S]
+    somewhere: Tensor  # bool [B, K]: the thing is in the view, nobody knows where; its weights are 0
+
+
+MaskView = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # one view's fields of Masks, in their order
+BoxView = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # likewise of Boxes
 
 
 @dataclass
@@ -266,7 +276,7 @@ class Views:
         images, phrases, *lists = zip(*views, strict=True)
         return Boxes(torch.stack(images), torch.stack(phrases), *(list(part) for part in lists))
 
-    def _boxes(self, rng: np.random.Generator, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _boxes(self, rng: np.random.Generator, side: int) -> BoxView:
         scene, scale = self.draw_scene(rng)
         labels = [o.label for o in scene.record.objects]
         focus = None
@@ -283,18 +293,20 @@ class Views:
         area, area_seen = ((b[:, 2:] - b[:, :2]).clip(0).prod(1) for b in (whole, seen))
         there = area_seen > 0
         known = (area_seen >= 0.4 * area) & ((seen[:, 2:] - seen[:, :2]).max(1, initial=0) >= 5)
-        names = self._ask_boxes(scene.record, {labels[i] for i in np.flatnonzero(there & known)}, rng)
+        unplaced = present(scene.record) & SOUGHT if window.size**2 >= MOST_OF_IT * h * w else set()
+        names = self._ask_boxes(scene.record, {labels[i] for i in np.flatnonzero(there & known)}, unplaced, rng)
         meant = np.array([[name in CONCEPTS and label in CONCEPTS[name].labels for label in labels] for name in names])
         meant = meant.reshape(len(names), len(labels))[:, there]
         phrases = torch.stack([self.bank.draw(name, rng) for name in names])
         sure = boxed(scene.record) | absent(scene.record) | set(DISTRACTORS)
         complete = torch.tensor([name in sure for name in names])
-        box_parts = (torch.from_numpy(part) for part in (seen[there], meant, known[there]))
-        return image, phrases, *box_parts, complete  # pyright: ignore[reportReturnType]
+        somewhere = torch.tensor([name in unplaced for name in names])
+        box, means, sees = (torch.from_numpy(part) for part in (seen[there], meant, known[there]))
+        return image, phrases, box, means, sees, complete, somewhere
 
-    def _ask_boxes(self, record: Record, visible: set[str], rng: np.random.Generator) -> list[str]:
+    def _ask_boxes(self, record: Record, visible: set[str], unplaced: set[str], rng: np.random.Generator) -> list[str]:
         """Concepts to ask: what is there, what is known to be absent, a distractor, and what the set does not label."""
-        here = [n for n in sorted(boxed(record)) if CONCEPTS[n].labels & visible]
+        here = [n for n in sorted(boxed(record)) if CONCEPTS[n].labels & visible] + sorted(unplaced)
         others = [n for n in sorted((boxed(record) | absent(record)) & set(THINGS)) if n not in here]
         rng.shuffle(here)
         rng.shuffle(others)
@@ -303,32 +315,30 @@ class Views:
         unlabelled = [n for n in THINGS if n not in boxed(record) and n not in absent(record)]
         if visible and unlabelled and (len(others) < PHRASES or rng.random() < 0.3):
             others.insert(0, unlabelled[int(rng.integers(len(unlabelled)))])
-        names = [*here[: PHRASES - 1], *others]
+        names = [*here[: PHRASES - 1], *others] or unlabelled  # of some images nothing is known, and none is taught
         return (names * PHRASES)[:PHRASES]
 
     def _look(self, window: Window, scene: Scene, rng: np.random.Generator, which: int = 0) -> Tensor:
         sar = scene.record.modality == "sar"
-        return degraded(relit(window.image(scene.images[which]), rng), rng, sar)
+        return degraded(relit(window.image(scene.images[which]), rng, 1.4), rng, sar)
 
     def masks(self, rng: np.random.Generator, batch: int, side: int) -> Masks:
         views = [self._masks(rng, side) for _ in range(batch)]
         return Masks(*(torch.stack(parts) for parts in zip(*views, strict=True)))
 
-    def _masks(self, rng: np.random.Generator, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _masks(self, rng: np.random.Generator, side: int) -> MaskView:
         scene, scale = self.draw_scene(rng)
         record, source = scene.record, scene.mask
-        if source is None and record.objects:
-            return self._box_masks(scene, scale, rng, side)
-        classes = masked(record) if source is not None else {}
-        full = FULL_SCENES.get(record.scene or "") if source is None else None
-        names = sorted(classes) if classes else [full] if full else []
+        if source is None:
+            by_boxes = bool(record.objects)
+            return (self._box_masks if by_boxes else self._scene_masks)(scene, scale, rng, side)
+        classes = masked(record)
+        names = sorted(classes)
         rng.shuffle(names)
-        focus = None
-        if source is not None and names and rng.random() < 0.5:
-            focus = _pixel_of(np.isin(source, list(classes[names[0]])), rng)
-        h, w = scene.images[0].shape[:2]
+        focus = _pixel_of(np.isin(source, list(classes[names[0]])), rng) if names and rng.random() < 0.5 else None
+        h, w = source.shape
         window = Window.draw(rng, h, w, side, scale, focus)
-        out = absent(record) | set(ABSENT_IN_SCENE.get(record.scene or "", ()))
+        out = absent(record)
         others = [n for n in sorted(out) if n not in names]
         rng.shuffle(others)
         if record.set in DISTRACTOR_SETS and rng.random() < 0.2:
@@ -340,21 +350,36 @@ class Views:
         inside = window.plane(np.ones((h, w), bool)) > 0.5
         target = torch.zeros(PHRASES, side, side)
         for k, name in enumerate(asked):
-            if name in classes and source is not None:
+            if name in classes:
                 target[k] = (window.plane(np.isin(source, list(classes[name]))) > 0.5).float()
-            elif name == full:
-                target[k] = inside.float()
         phrases = torch.stack([self.bank.draw(name, rng) for name in asked])
         weight = inside.float().expand(PHRASES, -1, -1).clone()
         for k, name in enumerate(asked):
             if name in rivals:  # unlabelled here: only what is labelled as something else denies it
                 weight[k] *= torch.stack([target[i] for i, n in enumerate(asked) if name in RIVALS.get(n, ())]).amax(0)
-        if source is None:  # known from a label of the whole image: right on most pixels only
-            weight *= 0.5
-        return self._look(window, scene, rng), phrases, target, weight
+        return self._look(window, scene, rng), phrases, target, weight, torch.zeros(PHRASES, dtype=torch.bool)
 
-    def _box_masks(self, scene: Scene, scale: float, rng: np.random.Generator, side: int
-                   ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    def _scene_masks(self, scene: Scene, scale: float, rng: np.random.Generator, side: int) -> MaskView:
+        """Masks as far as labels of the whole image tell: throughout, nowhere, or somewhere in it."""
+        record = scene.record
+        full = FULL_SCENES.get(record.scene or "")
+        there, out = sorted(present(record) - {full}), sorted(absent(record))
+        rng.shuffle(there)
+        rng.shuffle(out)
+        asked = ([*([full] if full else []), *there[: PHRASES // 2], *out] * PHRASES)[:PHRASES]
+        h, w = scene.images[0].shape[:2]
+        window = Window.draw(rng, h, w, side, scale, None)
+        inside = window.plane(np.ones((h, w), bool)) > 0.5
+        target = torch.zeros(PHRASES, side, side)
+        weight = 0.5 * inside.float().expand(PHRASES, -1, -1).clone()  # the labels are right on most pixels only
+        somewhere = torch.tensor([name in there for name in asked])
+        weight[somewhere] = 0
+        somewhere &= window.size**2 >= MOST_OF_IT * h * w  # else it may lie outside the view
+        target[[k for k, name in enumerate(asked) if name == full]] = inside.float()
+        phrases = torch.stack([self.bank.draw(name, rng) for name in asked])
+        return self._look(window, scene, rng), phrases, target, weight, somewhere
+
+    def _box_masks(self, scene: Scene, scale: float, rng: np.random.Generator, side: int) -> MaskView:
         """Masks as far as boxes tell: in the middle of one is the thing, outside all is none, between is unknown."""
         labels = [o.label for o in scene.record.objects]
         x1, y1, x2, y2 = scene.boxes[int(rng.integers(len(labels)))]
@@ -374,7 +399,7 @@ class Views:
             target[k] = middle.float()
             weight[k, unsure] = 0
         phrases = torch.stack([self.bank.draw(name, rng) for name in asked])
-        return self._look(window, scene, rng), phrases, target, weight
+        return self._look(window, scene, rng), phrases, target, weight, torch.zeros(PHRASES, dtype=torch.bool)
 
     def changes(self, rng: np.random.Generator, batch: int, side: int) -> Changes:
         views = [self._changes(rng, side) for _ in range(batch)]

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from model_server.model.dense import Found, cell_centres, to_pixels
 from model_server.training.dense_data import Boxes, Changes, Masks
 
+LEAST_CELLS = 3  # around the centre of a thing that is said to be in a view
+LEAST_SHARE = 0.05  # of a view that a thing covers which is said to be in it
 NEAR = 0.02  # a Gaussian's value from which a cell learns its object's box
 
 
@@ -94,6 +96,9 @@ def box_losses(found: Found, batch: Boxes) -> dict[str, Tensor]:
         weights.append(share / total[owner])  # each object counts as one
         quality.append(found.quality[i, rows, columns])
     losses = {"heat": focal(found.heat, heat_target, heat_weight)}
+    unplaced = torch.stack(batch.somewhere)
+    if unplaced.any():  # it is held to be where its centre looks likest
+        losses["heat_somewhere"] = 0.2 * F.softplus(-found.heat[unplaced].flatten(1).topk(LEAST_CELLS).values).mean()
     if predicted:
         weight = torch.cat(weights)
         giou, iou = giou_and_iou(torch.cat(predicted), torch.cat(truth))
@@ -118,12 +123,18 @@ def _dice(logits: Tensor, target: Tensor, weight: Tensor, over: Sequence[int]) -
 
 
 def mask_losses(logits: Tensor, batch: Masks) -> dict[str, Tensor]:
-    """Logits [B, K, H/4, W/4] on the pixels."""
+    """Logits [B, K, H/4, W/4] on the pixels. What is somewhere in a view is held to be where it looks likest:
+    the mean over the best `LEAST_SHARE` of the cells (multiple-instance learning)."""
     x = to_pixels(logits)
-    return {
+    losses = {
         "mask": _bce(x, batch.target, batch.weight),
         "mask_dice": 0.5 * _dice(x, batch.target, batch.weight, (2, 3)),
     }
+    if batch.somewhere.any():
+        cells = logits[batch.somewhere].flatten(1)  # [N, H/4 W/4]
+        likest = cells.topk(max(int(LEAST_SHARE * cells.shape[1]), 1)).values
+        losses["mask_somewhere"] = 0.05 * F.softplus(-likest).mean()
+    return losses
 
 
 def change_losses(logits: Tensor, batch: Changes) -> dict[str, Tensor]:

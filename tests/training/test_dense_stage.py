@@ -16,22 +16,24 @@ from model_server.model.config import debug
 from model_server.model.dense import Found, early_maps
 from model_server.model.vision import Backbone
 from model_server.text.concepts import CONCEPTS, every_phrase
-from model_server.training.concepts import absent, boxed, masked
+from model_server.training.concepts import absent, boxed, masked, present
 from model_server.training.dense import DenseRun, DenseTrainer, trapezoid
 from model_server.training.dense_data import (
     BOX_SETS,
     CHANGE_SETS,
     MASK_SETS,
     Boxes,
+    Masks,
     PhraseBank,
     Scene,
+    Share,
     Views,
     Window,
     middles,
     read_scenes,
     relit,
 )
-from model_server.training.dense_losses import box_losses, box_maps
+from model_server.training.dense_losses import LEAST_CELLS, LEAST_SHARE, box_losses, box_maps, mask_losses
 from model_server.training.dense_validation import figures, fit_calibration, gather
 from model_server.training.records import Record
 
@@ -147,7 +149,7 @@ def test_the_losses_are_lowest_for_the_truth() -> None:
     truth = torch.tensor([[8.0, 8.0, 40.0, 24.0]])
     batch = Boxes(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.zeros(1, 2, 4), [truth],
                   [torch.tensor([[True], [False]])], [torch.tensor([True])],
-                  [torch.tensor([True, True])])  # fmt: skip
+                  [torch.tensor([True, True])], [torch.tensor([False, False])])  # fmt: skip
     heat, _ = box_maps(truth, 16, 16)
     x = torch.arange(16) * 4 + 3.5
     left, right = (x - 8)[None].expand(16, -1), (40 - x)[None].expand(16, -1)
@@ -165,7 +167,8 @@ def test_the_losses_are_lowest_for_the_truth() -> None:
 def test_a_fragment_at_the_edge_is_neither_object_nor_background() -> None:
     truth = torch.tensor([[8.0, 8.0, 40.0, 24.0]])
     batch = Boxes(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.zeros(1, 1, 4), [truth],
-                  [torch.tensor([[True]])], [torch.tensor([False])], [torch.tensor([True])])  # fmt: skip
+                  [torch.tensor([[True]])], [torch.tensor([False])], [torch.tensor([True])],
+                  [torch.tensor([False])])  # fmt: skip
     logits = torch.full((1, 1, 16, 16), -8.0)
     logits[0, 0, 3, 5] = 8.0
     found = Found(logits, torch.ones(1, 4, 16, 16), torch.zeros(1, 16, 16))
@@ -177,12 +180,48 @@ def test_a_fragment_at_the_edge_is_neither_object_nor_background() -> None:
 def test_a_thing_that_a_set_does_not_label_is_denied_only_where_another_object_lies() -> None:
     truth = torch.tensor([[8.0, 8.0, 40.0, 24.0]])
     batch = Boxes(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.zeros(1, 1, 4), [truth],
-                  [torch.tensor([[False]])], [torch.tensor([True])], [torch.tensor([False])])  # fmt: skip
+                  [torch.tensor([[False]])], [torch.tensor([True])], [torch.tensor([False])],
+                  [torch.tensor([False])])  # fmt: skip
     for place, denied in (((3, 5), True), ((12, 12), False)):
         logits = torch.full((1, 1, 16, 16), -8.0)
         logits[0, 0, *place] = 8.0
         loss = box_losses(Found(logits, torch.ones(1, 4, 16, 16), torch.zeros(1, 16, 16)), batch)["heat"]
         assert (float(loss) > 1) == denied
+
+
+def test_a_thing_that_is_somewhere_is_sought_where_it_looks_likest() -> None:
+    nothing, one = torch.zeros(0, 4), torch.zeros(1, 1, 16, 16)
+    batch = Boxes(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.zeros(1, 1, 4), [nothing],
+                  [torch.zeros(1, 0, dtype=torch.bool)], [torch.zeros(0, dtype=torch.bool)],
+                  [torch.tensor([False])], [torch.tensor([True])])  # fmt: skip
+    heat = torch.full((1, 1, 16, 16), -4.0)
+    heat[0, 0, 3, 5] = 1.0
+    heat.requires_grad_(True)
+    losses = box_losses(Found(heat, one.expand(1, 4, 16, 16), one[0]), batch)
+    torch.stack(list(losses.values())).sum().backward()
+    assert heat.grad is not None
+    assert heat.grad[0, 0, 3, 5] < 0
+    assert int((heat.grad != 0).sum()) == LEAST_CELLS  # and nowhere is it denied
+
+    masks = Masks(batch.images, batch.phrases, torch.zeros(1, 1, 64, 64), torch.zeros(1, 1, 64, 64),
+                  torch.tensor([[True]]))  # fmt: skip
+    pixels = torch.full((1, 1, 16, 16), -4.0, requires_grad=True)
+    torch.stack(list(mask_losses(pixels, masks).values())).sum().backward()
+    assert pixels.grad is not None
+    assert int((pixels.grad < 0).sum()) == int(LEAST_SHARE * 16 * 16)
+
+
+@pytest.mark.parametrize(("turned_on", "scale"), [(True, 0.9), (False, 3.0)])
+def test_only_a_view_of_most_of_an_image_shows_what_is_somewhere_in_it(turned_on: bool, scale: float) -> None:
+    record = Record("r", "ucm", "train", (), 64, 64, scene="river", presence={"water": True, "airplane": True})
+    scene = Scene(record, [np.zeros((64, 64, 3), np.uint8)])
+    shares = {"ucm": Share(1.0, scale, scale)}
+    views, rng = Views([scene], shares, bank()), np.random.default_rng(0)
+    assert {"water", "airplane"} <= present(record)
+    masks = views.masks(rng, 4, SIDE)
+    assert bool(masks.somewhere.any()) == turned_on
+    assert not masks.weight[masks.somewhere].any()
+    assert bool(torch.stack(views.boxes(rng, 4, SIDE).somewhere).any()) == turned_on
 
 
 def test_the_rate_rises_stays_and_falls() -> None:
