@@ -52,7 +52,7 @@ class ScriptedPerceiver:
     def answer(self, queries: Sequence[Query]) -> list[TileAnswer]:
         colours = [int(query.image[0, 0, 0]) for query in queries]
         self.batches.append(colours)
-        assert self.gate.wait(10), "the test forgot to open the gate"
+        assert self.gate.wait(300), "the test forgot to open the gate"
         if len(colours) > self.memory:
             raise torch.OutOfMemoryError("no memory is left on this scripted device")
         if GUILTY in colours:

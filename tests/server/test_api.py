@@ -28,7 +28,7 @@ def body_of(request: dict[str, object], **tensors: np.ndarray) -> bytes:
 
 @pytest.fixture
 async def http(scripted_url: str) -> AsyncIterator[httpx.AsyncClient]:
-    async with asyncio.timeout(20), httpx.AsyncClient(base_url=scripted_url, headers=HEADERS, timeout=10) as client:
+    async with asyncio.timeout(300), httpx.AsyncClient(base_url=scripted_url, headers=HEADERS, timeout=300) as client:
         yield client
 
 
@@ -41,7 +41,7 @@ def error_of(response: httpx.Response) -> tuple[int, str]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(300):
         while not condition():  # noqa: ASYNC110 - the worker thread gives no event to wait for
             await asyncio.sleep(0.001)
 
@@ -98,7 +98,7 @@ async def test_an_oversize_announcement_is_refused_before_its_bytes_arrive(scrip
     reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(scripted_url).port)
     head = "POST /v1/perceive HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n"
     writer.write((head + "".join(f"{key}: {value}\r\n" for key, value in HEADERS.items()) + "\r\n").encode())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(300):
         assert b" 413 " in await reader.readline()
     writer.close()
 

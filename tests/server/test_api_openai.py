@@ -27,7 +27,7 @@ SECRET = "Is the hidden bunker at 12 degrees?"
 @pytest.fixture
 async def client(scripted_url: str) -> AsyncIterator[openai.AsyncOpenAI]:
     base = f"{scripted_url}/v1"
-    async with asyncio.timeout(30), openai.AsyncOpenAI(base_url=base, api_key="secret", max_retries=0) as client:
+    async with asyncio.timeout(300), openai.AsyncOpenAI(base_url=base, api_key="secret", max_retries=0) as client:
         yield client
 
 
@@ -37,7 +37,7 @@ async def ask(client: openai.AsyncOpenAI, text: str | None, colour: int = 7, **f
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(300):
         while not condition():  # noqa: ASYNC110 - the worker thread gives no event to wait for
             await asyncio.sleep(0.001)
 

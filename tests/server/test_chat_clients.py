@@ -37,7 +37,7 @@ def server(dense_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture(scope="module")
 def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=60, max_retries=0) as client:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300, max_retries=0) as client:
         yield client
 
 
@@ -58,7 +58,7 @@ def perception_of(completion: Any) -> dict[str, Any]:
 def native(server: ServerProcess, request: PerceiveRequest) -> PerceiveResponse:
     headers = {"Content-Type": "application/octet-stream"}
     body = encode_request(request, [IMAGE])
-    return decode_response(httpx.post(f"{server.url}/v1/perceive", content=body, headers=headers, timeout=60).content)
+    return decode_response(httpx.post(f"{server.url}/v1/perceive", content=body, headers=headers, timeout=300).content)
 
 
 def test_the_answer_and_its_confidence_are_those_of_the_native_wire(

@@ -17,7 +17,7 @@ CAPTION = PerceiveRequest(task="caption")
 
 @pytest.fixture(autouse=True)
 async def bounded():
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(300):
         yield
 
 

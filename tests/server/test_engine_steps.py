@@ -41,7 +41,7 @@ async def engine(model: Perceiver) -> AsyncIterator[Engine]:
     model.free_memory()
     engine = Engine(lambda: model)
     await engine.start()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         yield engine
         await engine.close()
     for priority in ("interactive", "bulk"):

@@ -33,7 +33,7 @@ def post(server: ServerProcess, request: PerceiveRequest, *tiles: np.ndarray) ->
         f"{server.url}/v1/perceive",
         content=encode_request(request, list(tiles)),
         headers={"Content-Type": "application/octet-stream"},
-        timeout=60,
+        timeout=300,
     )
     return decode_response(response.raise_for_status().content)
 
@@ -56,7 +56,7 @@ def test_each_task_answers_every_tile(server: ServerProcess) -> None:
 
 
 def test_models_describes_the_loaded_weights(server: ServerProcess) -> None:
-    (model,) = httpx.get(f"{server.url}/v1/models").json()["data"]
+    (model,) = httpx.get(f"{server.url}/v1/models", timeout=300).json()["data"]
     assert model["weights_digest"] == post(server, REQUESTS[0], picture(1)).model.weights_digest
     assert model["tasks"] == ["caption", "vqa", "classify"]
     assert model["taxonomy"]
@@ -66,7 +66,7 @@ async def test_a_model_with_a_dense_branch_answers_boxes_masks_and_change(dense_
     small, large = picture(1), picture(2, side=90)
     with server_process(tmp_path / "log", "--weights", str(dense_weights)) as server:
         server.wait_until_ready()
-        async with httpx.AsyncClient(base_url=server.url) as http:
+        async with httpx.AsyncClient(base_url=server.url, timeout=300) as http:
             (model,) = (await http.get("/v1/models")).json()["data"]
         assert model["tasks"] == ["caption", "vqa", "classify", "ground", "segment", "detect_change"]
         async with ModelClient(server.url) as client:
@@ -90,7 +90,7 @@ async def test_a_model_with_a_dense_branch_answers_boxes_masks_and_change(dense_
 def test_a_model_without_a_dense_branch_refuses_boxes(server: ServerProcess) -> None:
     body = encode_request(PerceiveRequest(task="ground", text="ship"), [picture(1)])
     headers = {"Content-Type": "application/octet-stream"}
-    refusal = httpx.post(f"{server.url}/v1/perceive", content=body, headers=headers)
+    refusal = httpx.post(f"{server.url}/v1/perceive", content=body, headers=headers, timeout=300)
     assert refusal.status_code == 501
     assert "no part for ground" in refusal.json()["error"]["message"]
 
@@ -122,7 +122,7 @@ def test_sigterm_lets_the_running_request_finish_and_exits_cleanly(debug_weights
             def half_then_stop() -> Iterator[bytes]:
                 yield body[: len(body) // 2]
                 # The server answers here, so it has accepted the request above.
-                assert httpx.get(f"{server.url}/health").status_code == 200
+                assert httpx.get(f"{server.url}/health", timeout=300).status_code == 200
                 server.process.send_signal(signal.SIGTERM)
                 yield body[len(body) // 2 :]
 
@@ -141,7 +141,7 @@ def test_sigterm_answers_a_chat_in_flight_and_no_question_is_logged(debug_weight
 
         def half_then_stop() -> Iterator[bytes]:
             yield body[: len(body) // 2]
-            assert httpx.get(f"{server.url}/health", timeout=60).status_code == 200
+            assert httpx.get(f"{server.url}/health", timeout=300).status_code == 200
             server.process.send_signal(signal.SIGTERM)
             yield body[len(body) // 2 :]
 
@@ -172,7 +172,7 @@ def test_weights_that_cannot_be_loaded_end_the_server_with_the_reason(tmp_path: 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "example.org"])
 def test_an_address_that_others_can_reach_needs_a_token(host: str) -> None:
     command = [sys.executable, "-m", "model_server.app", "--port", "0", "--host", host]
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert refused.returncode == 2
     assert "--token-file" in refused.stderr
 
@@ -180,7 +180,7 @@ def test_an_address_that_others_can_reach_needs_a_token(host: str) -> None:
 def test_a_port_that_is_taken_is_named(server: ServerProcess) -> None:
     port = str(httpx.URL(server.url).port)
     command = [sys.executable, "-m", "model_server.app", "--port", port]
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert refused.returncode == 2
     assert port in refused.stderr
 

@@ -37,7 +37,7 @@ def perceive(url: str, request: PerceiveRequest, tiles: tuple[np.ndarray, ...]) 
         f"{url}/v1/perceive",
         content=encode_request(request, list(tiles)),
         headers={"Content-Type": "application/octet-stream"},
-        timeout=120,
+        timeout=300,
     )
     if response.status_code == 200:
         return decode_response(response.content)
@@ -102,7 +102,7 @@ def test_every_task_of_a_published_checkpoint_gets_a_typed_answer_or_a_typed_err
     folder = folder_of(family, spoken, oracles, tmp_path)
     with server_process(tmp_path / "log", "--weights", str(folder)) as server:
         server.wait_until_ready()
-        (model,) = httpx.get(f"{server.url}/v1/models").json()["data"]
+        (model,) = httpx.get(f"{server.url}/v1/models", timeout=300).json()["data"]
         assert model["tasks"] == served
         assert model["model"] == f"{family}:{folder.name}"
         assert len(model["weights_digest"]) == 16
@@ -152,5 +152,5 @@ async def tools_on(url: str, folder: Path) -> dict[str, Result | PerceptionError
 def test_a_checkpoint_without_a_tokenizer_ends_the_server_and_says_which_file_is_missing(tmp_path: Path) -> None:
     folder = Path(__file__).parents[1] / "checkpoints" / "oracles" / "rsunivlm"
     with server_process(tmp_path / "log", "--weights", str(folder)) as server:
-        assert server.process.wait(120) == 1
+        assert server.process.wait(300) == 1
     assert "put the checkpoint's tokenizer.json" in (tmp_path / "log").read_text()
