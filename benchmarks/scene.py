@@ -34,7 +34,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from model_server.protocol import ModelInfo, PerceiveRequest, PerceiveResponse, 
 from rs_tools.geometry.measures import TileFrame
 from rs_tools.geometry.merging import Detections, merge
 from rs_tools.imagery.access import AccessPolicy
+from rs_tools.imagery.reading import Wanted
 from rs_tools.imagery.scene import Pixels, ReadWindow, Region, Scene
 from rs_tools.imagery.tiling import MODEL_SIDE, OVERLAP, Looks, TilePlan, tile_grid
 from rs_tools.looking import BATCH, stream
@@ -163,9 +164,9 @@ def timed_reader(scene: Scene, clock: Clock) -> Scene:
     reader: Callable[..., Any] = scene.reader
 
     @contextmanager
-    def timed() -> Iterator[ReadWindow]:
+    def timed(windows: Sequence[Wanted] = ()) -> Iterator[ReadWindow]:
         with clock.stage("reading"):
-            opened = reader()
+            opened = reader(windows)
             read = opened.__enter__()
 
         def one(region: Region, out_size: tuple[int, int]) -> Pixels:
@@ -189,26 +190,22 @@ async def ours(path: Path, side: int, overlap: int, batch: int) -> dict[str, Any
         scene = Scene.open(AccessPolicy([path.parent]), str(path))
     scene = timed_reader(scene, clock)
     plan = tile_grid((0, 0, side, side), MODEL_SIDE, overlap)
-    turn = iter(range(len(plan.regions)))
 
-    async def ask(tiles: list[np.ndarray]) -> list[Detections]:
+    async def ask(tiles: list[np.ndarray], regions: Sequence[Region]) -> list[np.ndarray]:
         with clock.stage("model"):
-            indexes = [next(turn) for _ in tiles]
-            boxes = [model.boxes(plan.regions[index]) for index in indexes]
-        with clock.stage("merging"):
-            return [detections(plan, index, found) for index, found in zip(indexes, boxes, strict=True)]
+            return [model.boxes(region) for region in regions]
 
     seen = await stream(scene, Looks(None, plan), ask, seconds=36_000, batch=batch)
     with clock.stage("merging"):
-        found = merge(Detections.joined([look.answer for look in seen.looks]))
+        found = merge(detections(plan, [look.answer for look in seen.looks]))
     return figures(side, len(plan.regions), len(found), wall, cpu, clock)
 
 
-def detections(plan: TilePlan, index: int, boxes: np.ndarray) -> Detections:
-    region = plan.regions[index]
+def detections(plan: TilePlan, boxes: Sequence[np.ndarray]) -> Detections:
     whole = plan.regions[0][:2] + plan.regions[-1][2:]
-    frame = TileFrame(region, plan.size(region))
-    return Detections.in_tile(index, frame, boxes, np.full(len(boxes), 0.9), ["ship"] * len(boxes), whole)
+    frames = [TileFrame(region, plan.size(region)) for region in plan.regions]
+    scores = [np.full(len(some), 0.9) for some in boxes]
+    return Detections.in_tiles(frames, boxes, scores, [["ship"] * len(some) for some in boxes], whole)
 
 
 def with_sahi(path: Path, side: int, overlap: int) -> dict[str, Any]:
@@ -289,7 +286,7 @@ async def asked(path: Path, side: int, batch: int) -> dict[str, Any]:
     plan = tile_grid((0, 0, side, side), MODEL_SIDE, 0)
     async with ModelClient() as client:
 
-        async def ask(tiles: list[np.ndarray]) -> list[Any]:
+        async def ask(tiles: list[np.ndarray], regions: Sequence[Region]) -> list[Any]:
             # Noise in one corner: the scene's blocks are alike, and a cache of equal tiles must not help.
             for tile in tiles:
                 tile[:8, :8] = np.frombuffer(os.urandom(192), np.uint8).reshape(8, 8, 3)

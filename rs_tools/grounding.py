@@ -43,16 +43,16 @@ class Found:
 def found_in(call: Call, seen: Seen[TileObjects], min_score: float, relation: Relation | None = None) -> Found:
     """Each object once, or the one that a relation singles out. `min_score` 0: at the model's own threshold."""
     looks, region = seen.looks, call.region
-    own = max((look.answer.threshold for look in looks), default=0.0)
-    limit = min_score or own
-    parts = []
-    for number, look in enumerate(looks):
-        scores = np.array(look.answer.scores, float)
-        kept = scores >= _PARTS_FROM * limit
-        boxes = np.array(look.answer.boxes, float).reshape(-1, 4)[kept]
-        frame = TileFrame(look.region, call.looks.finest.size(look.region))
-        parts.append(Detections.in_tile(number, frame, boxes, scores[kept], [""] * len(boxes), region))
-    merged = merge(Detections.joined(parts))
+    limit = min_score or max((look.answer.threshold for look in looks), default=0.0)
+    frames = [TileFrame(look.region, call.looks.finest.size(look.region)) for look in looks]
+    boxes, scores, labels = [], [], []
+    for look in looks:
+        own = np.array(look.answer.scores, float)
+        kept = own >= _PARTS_FROM * limit
+        boxes.append(np.array(look.answer.boxes, float).reshape(-1, 4)[kept])
+        scores.append(own[kept])
+        labels.append([""] * len(scores[-1]))
+    merged = merge(Detections.in_tiles(frames, boxes, scores, labels, region))
     sizes = merged.boxes[:, 2:] - merged.boxes[:, :2]
     good = (merged.scores >= limit) & (sizes > 0).all(axis=1)
     below = [score for look in looks for score in look.answer.scores if score < limit]

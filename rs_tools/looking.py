@@ -159,8 +159,8 @@ async def stream(
                 ahead = loop.run_in_executor(thread, next, batches, None)
                 pictures = [picture for tile in tiles for picture in tile.pictures]
                 regions = [tile.region for tile in tiles if tile.pictures]
-                told = partial(ask, regions=regions)
-                given = iter(await asked(told, pictures, patient=seen.done > 0) if pictures else [])
+                told = partial(ask, pictures, regions)
+                given = iter(await asked(told, patient=seen.done > 0) if pictures else [])
                 answers = [next(given) if tile.pictures else None for tile in tiles]
                 if take is not None:
                     await take(_taken(tiles, answers, seen.done))
@@ -179,13 +179,11 @@ async def stream(
     return seen
 
 
-async def asked(
-    ask: Callable[[list[np.ndarray]], Awaitable[Sequence[_A]]], tiles: list[np.ndarray], *, patient: bool
-) -> Sequence[_A]:
+async def asked(ask: Callable[[], Awaitable[Sequence[_A]]], *, patient: bool) -> Sequence[_A]:
     """What `ask` answers; a patient caller asks again as often as the model server is busy."""
     while True:
         try:
-            return await ask(tiles)
+            return await ask()
         except ServerBusy as busy:
             if not patient:
                 raise

@@ -136,7 +136,7 @@ class Tools:
         if detail not in ("short", "full"):
             raise InputError(f"detail must be 'short' or 'full', not {detail!r}.")
         call = await self._call(image, region, bands, look_at_whole, embeddings)
-        request = PerceiveRequest(task="caption", detail=detail)
+        request = PerceiveRequest(task="caption", detail=detail, gsd_m=call.tile_gsd_m)
         return await self._answer(
             call, request, lambda response: response.captions, partial(captioned, call, detail), progress
         )
@@ -161,7 +161,7 @@ class Tools:
         if amount is not None and (found := await self._amount(amount, image, region, bands, embeddings, progress)):
             return found
         call = await self._call(image, region, bands, partial(looks_for, scope), embeddings)
-        request = PerceiveRequest(task="vqa", text=text)
+        request = PerceiveRequest(task="vqa", text=text, gsd_m=call.tile_gsd_m)
         return await self._answer(
             call, request, lambda response: response.vqa, partial(answered, call, scope), progress
         )
@@ -181,7 +181,7 @@ class Tools:
         if not 1 <= top_k <= MAX_LABELS:
             raise InputError(f"top_k must be from 1 to {MAX_LABELS}, not {top_k}.")
         call = await self._call(image, region, bands, look_at_whole, embeddings)
-        request = PerceiveRequest(task="classify", labels=checked)
+        request = PerceiveRequest(task="classify", labels=checked, gsd_m=call.tile_gsd_m)
         return await self._answer(
             call, request, lambda response: response.classes, partial(classified, call, top_k), progress
         )
@@ -439,7 +439,7 @@ class Tools:
 
         try:
             async with asyncio.timeout(self._left(call)):
-                return await asked(ask, await asyncio.to_thread(read), patient=True)
+                return await asked(partial(ask, await asyncio.to_thread(read)), patient=True)
         except TimeoutError:  # the change itself is known, and worth more than words about the scenes
             return []
 

@@ -51,52 +51,43 @@ class Detections:
         return len(self.scores)
 
     @classmethod
-    def in_tile(
+    def in_tiles(
         cls,
-        tile: int,
-        frame: TileFrame,
-        boxes: np.ndarray,
-        scores: Sequence[float] | np.ndarray,
-        labels: Sequence[str],
+        frames: Sequence[TileFrame],
+        boxes: Sequence[np.ndarray],
+        scores: Sequence[Sequence[float] | np.ndarray],
+        labels: Sequence[Sequence[str]],
         bounds: Sequence[int],
     ) -> Detections:
-        """What one tile shows.
+        """What tiles show, numbered as they come.
 
         Args:
-            tile: number of the tile, different for each.
-            frame: where it lies.
-            boxes: float [N, 4] in tile pixels; what lies outside the tile is cut off.
-            scores, labels: of the boxes.
+            frames: where each lies.
+            boxes: of each tile float [N, 4] in tile pixels; what lies outside the tile is cut off.
+            scores, labels: of each tile's boxes.
             bounds: [x1, y1, x2, y2] of all tiles together in scene pixels; no box is cut at these edges.
         """
-        width, height = frame.size
-        inside = np.clip(np.asarray(boxes, float).reshape(-1, 4), 0, [width, height, width, height])
-        sides = inside[:, 2:] - inside[:, :2]
-        slack = np.maximum(_EDGE, np.minimum(_EDGE_SHARE * sides, _EDGE_MOST))  # [N, 2]
-        gaps = np.concatenate([inside[:, :2], [width, height] - inside[:, 2:]], axis=1)
-        inner = np.asarray(frame.region) != np.asarray(bounds)
-        return cls(
-            boxes=frame.to_scene(inside.reshape(-1, 2, 2)).reshape(-1, 4),
-            scores=np.asarray(scores, float),
-            labels=np.asarray(labels, str),
-            tiles=(frozenset([tile]),) * len(inside),
-            cut=(gaps <= np.tile(slack, 2)) & inner,
-            slack=(slack * frame.scale).max(axis=1),
-        )
-
-    @classmethod
-    def joined(cls, parts: Sequence[Detections]) -> Detections:
-        """All boxes of several lists."""
-        if not parts:
+        if not frames:
             none = np.zeros(0)
             return cls(np.zeros((0, 4)), none, np.zeros(0, str), (), np.zeros((0, 4), bool), none)
+        owner = np.repeat(np.arange(len(frames)), [len(one) for one in boxes])
+        size = np.array([frame.size for frame in frames])[owner]
+        size = np.concatenate([size, size], axis=1)
+        inside = np.clip(np.concatenate(boxes).reshape(-1, 4), 0, size)
+        sides = inside[:, 2:] - inside[:, :2]
+        slack = np.maximum(_EDGE, np.minimum(_EDGE_SHARE * sides, _EDGE_MOST))  # [N, 2]
+        gaps = np.concatenate([inside[:, :2], size[:, 2:] - inside[:, 2:]], axis=1)
+        inner = (np.array([frame.region for frame in frames]) != np.asarray(bounds))[owner]
+        ends = np.cumsum([len(one) for one in boxes])[:-1]
+        corners = np.split(inside.reshape(-1, 2, 2), ends)
+        placed = [frame.to_scene(own) for frame, own in zip(frames, corners, strict=True)]
         return cls(
-            boxes=np.concatenate([part.boxes for part in parts]),
-            scores=np.concatenate([part.scores for part in parts]),
-            labels=np.concatenate([part.labels for part in parts]),
-            tiles=tuple(tiles for part in parts for tiles in part.tiles),
-            cut=np.concatenate([part.cut for part in parts]),
-            slack=np.concatenate([part.slack for part in parts]),
+            boxes=np.concatenate(placed).reshape(-1, 4),
+            scores=np.concatenate(scores).astype(float),
+            labels=np.concatenate([np.asarray(some, str) for some in labels]),
+            tiles=tuple(frozenset([tile]) for tile in owner.tolist()),
+            cut=(gaps <= np.concatenate([slack, slack], axis=1)) & inner,
+            slack=(slack * np.array([frame.scale for frame in frames])[owner]).max(axis=1),
         )
 
     def _taken(self, index: np.ndarray) -> Detections:

@@ -75,13 +75,13 @@ class Shelf:
         if isinstance(kept, np.ndarray):
             return kept[rows]
         assert self._file is not None
-        found = np.empty((rows.stop - rows.start, *kept.shape[1:]), np.uint8)
+        row = int(np.prod(kept.shape[1:]))
         try:
-            self._file.seek(kept.offset + rows.start * (found.nbytes // len(found)))
-            self._file.readinto(found.data)  # pyright: ignore[reportAttributeAccessIssue]  # IO has no buffers
+            self._file.seek(kept.offset + rows.start * row)
+            content = self._file.read((rows.stop - rows.start) * row)
         except OSError as error:
             raise _unwritten(error) from error
-        return found
+        return np.frombuffer(content, np.uint8).reshape(-1, *kept.shape[1:])
 
     def drop(self, number: int) -> None:
         kept = self._kept.pop(number)

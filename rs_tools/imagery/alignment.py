@@ -11,7 +11,7 @@ whether it is an error of place or a change on the ground is not for this module
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -21,6 +21,7 @@ from affine import Affine
 from pyproj import CRS, Transformer
 
 from rs_tools.errors import PairError
+from rs_tools.imagery.reading import Wanted
 from rs_tools.imagery.scene import Pixels, ReadWindow, Region, Scene
 
 _NODES = 17  # per axis of a window; between them positions are interpolated (a test holds this to 0.05 pixels)
@@ -101,13 +102,13 @@ class Pair:
         return cls(before, after, share, tuple(warnings))
 
     @contextmanager
-    def reader(self) -> Iterator[ReadPair]:
+    def reader(self, windows: Sequence[Wanted] = ()) -> Iterator[ReadPair]:
         """Read many windows with both files opened once; memory follows the windows, as with `Scene.reader`.
 
         Raises:
             AccessError, ImageError: as `Scene.reader`, on entering or from any call inside the `with` block.
         """
-        with self.before.reader() as read_before, self.after.reader() as read_after:
+        with self.before.reader(windows) as read_before, self.after.reader() as read_after:
 
             def read(region: Region, out_size: tuple[int, int]) -> PairPixels:
                 positions = self.positions(region, out_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,48 @@ from rs_tools.imagery.bands import BandChoice
 from rs_tools.imagery.formats import CACHE_BYTES, pixel_bytes
 
 _SUPERSAMPLING = 4
+_STRIP_PIXELS = 2**19  # of windows read at once
 _UNDECLARED = 1e37  # nothing measures as much: the largest decimals stand for missing pixels
 
 
 def window_of(x: float, y: float, width: float, height: float) -> Window:
     """A window from its upper left corner and size; they may be fractions of pixels."""
     return Window(x, y, width, height)  # pyright: ignore[reportCallIssue]  # attrs without types, which hides them
+
+
+Region = tuple[int, int, int, int]
+Wanted = tuple[Region, tuple[int, int]]
+"""A window, x1, y1, x2, y2, and the (width, height) that it is read in."""
+
+
+def side_by_side(windows: Sequence[Wanted]) -> dict[Wanted, Region]:
+    """For windows at full resolution that follow each other along a row, the strip that they make up together.
+
+    Read at once, a strip's blocks are looked up and its bands put side by side once, not for each window that shares
+    them; windows are then cut out of it. Strips are bounded, and windows that stand alone are left out.
+    """
+    strips: dict[Wanted, Region] = {}
+    row: list[Wanted] = []
+
+    def close() -> None:
+        if len(row) > 1:
+            (x1, y1, _, _), (_, _, x2, y2) = row[0][0], row[-1][0]
+            strips.update(dict.fromkeys(row, (x1, y1, x2, y2)))
+        row.clear()
+
+    for region, size in windows:
+        x1, y1, x2, y2 = region
+        if row:
+            (start, *_), (left, top, right, bottom) = row[0][0], row[-1][0]
+            along = (y1, y2) == (top, bottom) and left < x1 <= right < x2
+            if not along or (x2 - start) * (y2 - y1) > _STRIP_PIXELS:
+                close()
+        if size == (x2 - x1, y2 - y1):
+            row.append((region, size))
+        else:
+            close()
+    close()
+    return strips
 
 
 class BandReader:
@@ -45,16 +81,23 @@ class BandReader:
         self._block: tuple[int, int] = dataset.block_shapes[0]
         self._part_pixels = CACHE_BYTES / 3 / pixel_bytes(dataset)
 
-    def read(self, window: Window, out_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    def read(
+        self, window: Window, out_size: tuple[int, int], into: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Band values [C, H, W], uint8 as they are and others as float32, and validity bool [H, W] of a window.
 
         Integers are averaged by GDAL, which leaves out nodata; a palette keeps its exact values. GDAL does not leave
         out NaN that the file does not declare, nor can it take the magnitude of complex values, so decimal and complex
         values are averaged here.
+
+        `into`: an earlier answer that nobody needs any more; if it has the size, its memory is used again.
         """
-        # Each pixel's bands side by side, as pictures are wanted and as most files have them.
-        values = np.empty((out_size[1], out_size[0], len(self._bands)), self._dtype).transpose(2, 0, 1)
-        valid = np.empty(values.shape[1:], bool)
+        if into is not None and into[1].shape == out_size[::-1]:
+            values, valid = into
+        else:
+            # Each pixel's bands side by side, as pictures are wanted and as most files have them.
+            values = np.empty((out_size[1], out_size[0], len(self._bands)), self._dtype).transpose(2, 0, 1)
+            valid = np.empty(values.shape[1:], bool)
         read = self._read_integers if self._integers else self._read_decimals
         for rows, columns, part in self._parts(window, out_size):
             read(part, values[:, rows, columns], valid[rows, columns])

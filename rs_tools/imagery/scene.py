@@ -7,7 +7,7 @@ reader of many windows) opens the file anew under the access policy and refuses 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -25,13 +25,11 @@ from rs_tools.imagery.bands import BandChoice, BandInfo, choose_bands, guess_mod
 from rs_tools.imagery.beside import look_beside
 from rs_tools.imagery.formats import ByteSource, reported
 from rs_tools.imagery.placing import Place, placed
-from rs_tools.imagery.reading import BandReader, eight_bit, window_of
+from rs_tools.imagery.reading import BandReader, Region, Wanted, eight_bit, side_by_side, window_of
 from rs_tools.imagery.remote import RemoteFile
 from rs_tools.imagery.stretch import Stretch, fit_stretch
 from rs_tools.memory import give_back
 from rs_tools.results import Modality
-
-Region = tuple[int, int, int, int]
 
 _SAMPLE_SIDE = 512
 # Above this many pixels, in the smallest overview where there is one, a sample of small windows stands for the scene.
@@ -48,6 +46,10 @@ class Pixels(NamedTuple):
 
     rgb: np.ndarray
     valid: np.ndarray
+
+    def cut(self, rows: slice, columns: slice) -> Pixels:
+        """A part of the window, with memory of its own."""
+        return Pixels(self.rgb[rows, columns].copy(), self.valid[rows, columns].copy())
 
 
 class ReadWindow(Protocol):
@@ -173,28 +175,23 @@ class Scene:
             return read(region, out_size)
 
     @contextmanager
-    def reader(self) -> Iterator[ReadWindow]:
+    def reader(self, windows: Sequence[Wanted] = ()) -> Iterator[ReadWindow]:
         """Read many windows with the file opened once: `with scene.reader() as read: pixels = read(region, size)`.
 
         What it yields reads as `Scene.read` does, with the same checks, and keeps nothing between calls but GDAL's
-        bounded cache of decoded blocks. One thread at a time; several readers of one scene may be used side by side.
+        bounded cache of decoded blocks and one strip. One thread at a time; several readers of one scene may be used
+        side by side.
+
+        Args:
+            windows: what will be read, in order, as far as it is known: neighbours in a row are read together.
 
         Raises:
             AccessError, ImageError: as `read`, on entering or from any call inside the `with` block.
         """
-
-        def read(region: Region, out_size: tuple[int, int]) -> Pixels:
-            self._check_unchanged()
-            x1, y1, x2, y2 = region
-            with reported(self.source.name, dataset.driver):
-                values, valid = bands.read(window_of(x1, y1, x2 - x1, y2 - y1), out_size)
-            return self._shown(values, valid)
-
         self._check_unchanged()
         try:
             with self._policy.open(self.source) as dataset:
-                bands = BandReader(dataset, self.choice)
-                yield read
+                yield _Reading(self, dataset, side_by_side(windows))
         finally:
             give_back()  # the decoded blocks are free now
 
@@ -210,6 +207,42 @@ class Scene:
         if not valid.all():
             rgb[~valid] = 0
         return Pixels(rgb, valid)
+
+
+class _Reading:
+    """A scene whose file is open.
+
+    Args:
+        strips: for windows that are read with their neighbours, the strip that they make up.
+    """
+
+    def __init__(self, scene: Scene, dataset: DatasetReader, strips: Mapping[Wanted, Region]) -> None:
+        self._scene = scene
+        self._driver = dataset.driver
+        self._bands = BandReader(dataset, scene.choice)
+        self._strips = strips
+        self._strip: Region | None = None
+        self._values: tuple[np.ndarray, np.ndarray] | None = None  # of the strip
+        self._pixels: Pixels | None = None  # of the strip; may share the values' memory
+
+    def __call__(self, region: Region, out_size: tuple[int, int]) -> Pixels:
+        strip = self._strips.get((region, out_size))
+        if strip is None:
+            return self._scene._shown(*self._read(region, out_size))
+        left, top, right, bottom = strip
+        if self._pixels is None or self._strip != strip:
+            self._strip, self._pixels = strip, None
+            self._values = self._read(strip, (right - left, bottom - top), self._values)
+            self._pixels = self._scene._shown(*self._values)
+        return self._pixels.cut(slice(None), slice(region[0] - left, region[2] - left))
+
+    def _read(
+        self, region: Region, out_size: tuple[int, int], into: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        self._scene._check_unchanged()
+        x1, y1, x2, y2 = region
+        with reported(self._scene.source.name, self._driver):
+            return self._bands.read(window_of(x1, y1, x2 - x1, y2 - y1), out_size, into)
 
 
 def _band_infos(dataset: DatasetReader) -> tuple[BandInfo, ...]:

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from rasters import REPOSITORY, ScriptedClient, noise, opened, scripted_answer, 
 from model_server.protocol import PerceiveRequest, PerceiveResponse, TileCaption, TileClasses, TileVqa
 from rs_tools.errors import DeadlinePassed, ImageError, ServerBusy, ServerError
 from rs_tools.imagery.access import AccessPolicy
+from rs_tools.imagery.reading import Wanted
 from rs_tools.imagery.scene import ReadWindow, Region, Scene
 from rs_tools.imagery.tiling import MAX_TILES, look_closely
 from rs_tools.looking import BATCH, stream
@@ -147,7 +148,7 @@ async def test_batches_are_bounded_in_order_and_the_next_is_read_while_the_model
     sizes: list[int] = []
     overlapped = asyncio.Event()
 
-    async def ask(tiles: list[np.ndarray]) -> list[int]:
+    async def ask(tiles: list[np.ndarray], regions: Sequence[Region]) -> list[int]:
         sizes.append(len(tiles))
         before = len(reads)
         for _ in range(2000):
@@ -185,7 +186,7 @@ async def test_a_cancelled_call_reads_and_asks_no_more(tmp_path: Path) -> None:
     looks = look_closely((0, 0, SIDE, SIDE), None, overview=False, overlap=0)
     second, asked = asyncio.Event(), 0
 
-    async def ask(tiles: list[np.ndarray]) -> list[int]:
+    async def ask(tiles: list[np.ndarray], regions: Sequence[Region]) -> list[int]:
         nonlocal asked
         asked += 1
         if asked == 2:
@@ -295,8 +296,8 @@ def watched(scene: Scene) -> tuple[Scene, list[Region]]:
     reader: Callable = scene.reader
 
     @contextmanager
-    def counting() -> Iterator[ReadWindow]:
-        with reader() as read:
+    def counting(windows: Sequence[Wanted] = ()) -> Iterator[ReadWindow]:
+        with reader(windows) as read:
 
             def counted(region: Region, out_size: tuple[int, int]):
                 reads.append(region)

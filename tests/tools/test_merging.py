@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -14,6 +15,7 @@ from rs_tools.geometry.merging import Detections, merge
 
 SIDE, OVERLAP = 256, 32
 Truth = list[tuple[str, tuple[float, float, float, float]]]
+Part = tuple[np.ndarray, Sequence[float] | np.ndarray, list[str]]  # a tile's boxes, scores and labels
 
 
 def grid(columns: int, rows: int, overlap: int = OVERLAP, decimation: int = 1) -> list[TileFrame]:
@@ -40,11 +42,11 @@ def bounds(frames: Sequence[TileFrame]) -> tuple[int, int, int, int]:
 
 def seen(
     frames: Sequence[TileFrame], truth: Truth, noise: float = 0.0, seed: int = 0, least: float = 6.0
-) -> list[Detections]:
+) -> list[Part]:
     """What a detector finds that sees each tile by itself: every object's visible part, if it is large enough."""
     random = np.random.default_rng(seed)
     found = []
-    for i, frame in enumerate(frames):
+    for frame in frames:
         boxes, labels = [], []
         for label, box in truth:
             corners = frame.to_tile(np.array(box).reshape(2, 2)).reshape(4) + random.normal(0, noise, 4) * (noise > 0)
@@ -53,12 +55,17 @@ def seen(
                 boxes.append(part)
                 labels.append(label)
         scores = random.uniform(0.5, 1, len(boxes))
-        found.append(Detections.in_tile(i, frame, np.array(boxes).reshape(-1, 4), scores, labels, bounds(frames)))
+        found.append((np.array(boxes).reshape(-1, 4), scores, labels))
     return found
 
 
+def together(frames: Sequence[TileFrame], parts: Sequence[Part]) -> Detections:
+    boxes, scores, labels = zip(*parts, strict=True)
+    return Detections.in_tiles(frames, boxes, scores, labels, bounds(frames))
+
+
 def merged(frames: Sequence[TileFrame], truth: Truth, noise: float = 0.0, seed: int = 0) -> Detections:
-    return merge(Detections.joined(seen(frames, truth, noise, seed)))
+    return merge(together(frames, seen(frames, truth, noise, seed)))
 
 
 def boxes_of(found: Detections) -> list[list[float]]:
@@ -92,14 +99,7 @@ def test_a_ship_that_crosses_a_seam_aslant_is_one() -> None:
     # The visible part of a slanted ship is lower on one side of the seam: boxes of the parts of the line y = x.
     frames = grid(2, 1)
     parts = [[100, 20, 256, 176], [0, 144, 120, 264 - 8]]
-    found = merge(
-        Detections.joined(
-            [
-                Detections.in_tile(i, frame, np.array([box]), [0.9], ["ship"], bounds(frames))
-                for i, (frame, box) in enumerate(zip(frames, parts, strict=True))
-            ]
-        )
-    )
+    found = merge(together(frames, [(np.array([box]), [0.9], ["ship"]) for box in parts]))
     assert boxes_of(found) == [[100, 20, 344, 256]]
 
 
@@ -129,9 +129,9 @@ def test_other_labels_never_merge() -> None:
 
 def test_a_part_gives_way_to_the_whole_and_lends_its_score() -> None:
     frames = grid(2, 1)
-    left = Detections.in_tile(0, frames[0], np.array([[230, 50, 256, 80]]), [0.95], ["ship"], bounds(frames))
-    right = Detections.in_tile(1, frames[1], np.array([[6, 50, 60, 80]]), [0.6], ["ship"], bounds(frames))
-    found = merge(Detections.joined([left, right]))
+    left: Part = (np.array([[230, 50, 256, 80]]), [0.95], ["ship"])
+    right: Part = (np.array([[6, 50, 60, 80]]), [0.6], ["ship"])
+    found = merge(together(frames, [left, right]))
     assert boxes_of(found) == [[230, 50, 284, 80]]
     assert found.scores.tolist() == [0.95]
 
@@ -139,7 +139,7 @@ def test_a_part_gives_way_to_the_whole_and_lends_its_score() -> None:
 def test_boxes_that_end_at_the_rim_of_the_scene_are_whole() -> None:
     frames = grid(2, 1)
     boxes = np.array([[0, 0, 30, 30], [230, 226, 256, 256]])
-    rim = Detections.in_tile(0, frames[0], boxes, [1, 1], ["a", "a"], bounds(frames))
+    rim = Detections.in_tiles(frames[:1], [boxes], [[1, 1]], [["a", "a"]], bounds(frames))
     assert rim.cut.tolist() == [[False] * 4, [False, False, True, False]]
 
 
@@ -148,7 +148,7 @@ def test_decimated_tiles_merge_in_scene_pixels() -> None:
 
 
 def test_nothing_found_merges_to_nothing() -> None:
-    assert len(merge(Detections.joined([]))) == 0
+    assert len(merge(Detections.in_tiles([], [], [], [], (0, 0, 1, 1)))) == 0
     assert len(merged(grid(2, 2), [])) == 0
 
 
@@ -179,10 +179,12 @@ objects = st.lists(
 def test_the_order_of_tiles_does_not_matter_and_merging_again_changes_nothing(truth, seed, shuffle) -> None:
     frames = grid(3, 3)
     parts = seen(frames, truth, noise=2.0, seed=seed)
-    once = merge(Detections.joined(parts))
-    shuffle.shuffle(parts)
-    other = merge(Detections.joined(parts))
-    for found in (other, merge(once)):
+    once = merge(together(frames, parts))
+    order = list(range(len(frames)))
+    shuffle.shuffle(order)
+    other = merge(together([frames[i] for i in order], [parts[i] for i in order]))
+    renumbered = tuple(frozenset(order[i] for i in tiles) for tiles in other.tiles)
+    for found in (replace(other, tiles=renumbered), merge(once)):
         np.testing.assert_array_equal(found.boxes, once.boxes)
         np.testing.assert_array_equal(found.scores, once.scores)
         assert found.labels.tolist() == once.labels.tolist()
@@ -193,11 +195,11 @@ def test_the_order_of_tiles_does_not_matter_and_merging_again_changes_nothing(tr
 @given(truth=objects, seed=st.integers(0, 99))
 def test_no_tile_and_no_label_loses_an_object(truth, seed) -> None:
     parts = seen(grid(3, 3), truth, noise=2.0, seed=seed)
-    found = merge(Detections.joined(parts))
-    for i, part in enumerate(parts):
+    found = merge(together(grid(3, 3), parts))
+    for i, (_, _, labels) in enumerate(parts):
         for label in ("ship", "car"):
             there = [tiles for tiles, name in zip(found.tiles, found.labels, strict=True) if name == label]
-            assert sum(i in tiles for tiles in there) == (part.labels == label).sum()
+            assert sum(i in tiles for tiles in there) == labels.count(label)
 
 
 @settings(deadline=None, max_examples=30)
@@ -205,5 +207,6 @@ def test_no_tile_and_no_label_loses_an_object(truth, seed) -> None:
 def test_boxes_within_one_tile_stay_as_they_are(truth) -> None:
     frame = TileFrame((0, 0, 704, 704), (704, 704))
     boxes = np.array([box for _, box in truth]).reshape(-1, 4)
-    found = merge(Detections.in_tile(0, frame, boxes, [0.5] * len(truth), [name for name, _ in truth], frame.region))
+    labels = [name for name, _ in truth]
+    found = merge(Detections.in_tiles([frame], [boxes], [[0.5] * len(truth)], [labels], frame.region))
     assert boxes_of(found) == sorted(boxes.round(3).tolist())
