@@ -376,7 +376,7 @@ class Tools:
         async def ask(tiles: list[np.ndarray], regions: Sequence[Region]) -> Sequence[_A]:
             told = request
             if known is not None:
-                anchors = await asyncio.to_thread(lambda: [known.at(region) for region in regions])
+                anchors = await asyncio.to_thread(lambda at: [at(region) for region in regions], known.at)
                 told = request.model_copy(update={"anchors": anchors})
             response = await self._client.perceive(told, tiles)
             answers = pick(response)
