@@ -55,6 +55,7 @@ WORDS: tuple[Task, ...] = ("caption", "vqa", "classify")  # answered from the po
 DENSE: dict[Task, str] = {"ground": "region", "segment": "pixel", "detect_change": "pixel"}  # and its granularity
 CAPTION_BEAMS, CAPTION_TOKENS, CAPTION_LENGTH_POWER = 3, 40, 0.3
 ANSWER_BEAMS, ANSWER_TOKENS = 5, 16
+TRAINED_GSD_M = (0.15, 10.0)  # metres per pixel of the training images, from the finest set to the coarsest
 ENCODED = 4  # images at a time: with sixteen, all of whose views leave the processor's caches, it takes longer
 PLACES: dict[Priority, int] = {"interactive": 8, "bulk": 2}  # new tiles of a pass
 TOGETHER = 16  # images that `answer` takes in at a time
@@ -187,11 +188,17 @@ class Perceiver:
         return TASK_TOKEN[task], DENSE.get(task) or ROUTES[TASK_TOKEN[task]]
 
     def warnings(self, request: PerceiveRequest) -> list[str]:
-        """What of a request does not bear on its answer."""
-        unused = [UNUSED_ANCHORS] if request.anchors else []
+        """What of a request does not bear on its answer, or lies far from what the model learned."""
+        told = [UNUSED_ANCHORS] if request.anchors else []
         if request.task == "detect_change" and request.text.strip():
-            unused.append("This model tells changed from unchanged ground, not one kind of change from another.")
-        return unused
+            told.append("This model tells changed from unchanged ground, not one kind of change from another.")
+        finest, coarsest = TRAINED_GSD_M
+        if request.gsd_m is not None and not finest / 2 < request.gsd_m < coarsest * 2:
+            told.append(
+                f"A pixel that the model saw is {request.gsd_m:,.2f} m on the ground; it learned from {finest:g} to "
+                f"{coarsest:g} m, so its answers are less reliable here, and their confidence too."
+            )
+        return told
 
     @torch.inference_mode()
     def answer(self, queries: Sequence[Query]) -> list[TileAnswer]:

@@ -12,7 +12,7 @@ from PIL import Image
 from model_server.calibration import Calibration, Logistic
 from model_server.model.generate import Hypothesis
 from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver, Query, WeightsError, Writing
-from model_server.protocol import TileAnswer, TileCaption, TileClasses, TileMasks, TileObjects, TileVqa
+from model_server.protocol import PerceiveRequest, TileAnswer, TileCaption, TileClasses, TileMasks, TileObjects, TileVqa
 from model_server.text.answers import answer_kind
 from model_server.wording import yes_or_no
 
@@ -257,6 +257,14 @@ def test_class_scores_are_probabilities_over_just_the_labels_asked_for(perceiver
     assert isinstance(answer, TileClasses)
     assert answer.labels == ["forest", "a red barn", "Storage_Tanks"]
     assert sum(answer.scores) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(("gsd_m", "far"), [(None, False), (0.1, False), (10, False), (30, True), (0.02, True)])
+def test_pixels_far_from_those_of_the_training_images_are_warned_about(
+    perceiver: Perceiver, gsd_m: float | None, far: bool
+) -> None:
+    told = perceiver.warnings(PerceiveRequest(task="caption", gsd_m=gsd_m))
+    assert [f"{gsd_m:,.2f} m on the ground" in warning for warning in told] == [True] * far
 
 
 def test_image_features_are_unit_rows(perceiver: Perceiver) -> None:

@@ -86,7 +86,8 @@ async def test_an_answer_says_what_it_was_made_with(tools: Tools) -> None:
 async def test_a_caption_is_the_models_sentence(tools: Tools, client: ScriptedClient) -> None:
     answer = await tools.caption("a.tif", detail="full")
     assert (answer.caption, answer.confidence, answer.parts) == ("A river.", 0.7, [])
-    assert client.requests == [PerceiveRequest(task="caption", detail="full")]
+    assert [(request.task, request.detail) for request in client.requests] == [("caption", "full")]
+    assert client.requests[0].gsd_m == pytest.approx(10, rel=0.01)
 
 
 async def test_an_answer_to_a_question_names_its_alternatives_and_where_it_looked(
