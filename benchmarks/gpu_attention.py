@@ -19,8 +19,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from model_server.model.attention import Runs, attend, attend_packed
@@ -136,13 +134,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda")
     backends = [b for b in Backend if b is not Backend.AUTO]
     timings = [measure(shape, backend, device, options.repeats) for shape in SHAPES for backend in backends]
-    table = Table(title=f"attention on {torch.cuda.get_device_name(device)}, torch {torch.__version__}, ms")
-    for column in ("shape", "backend", "forward", "forward and backward", "not here because"):
-        table.add_column(column)
+    print(f"attention on {torch.cuda.get_device_name(device)}, torch {torch.__version__}, ms\n")
+    print("| shape | backend | forward | forward and backward | not here because |\n| --- | --- | --- | --- | --- |")
     for t in timings:
-        shown = ["" if ms is None else f"{ms:.3f}" for ms in (t.forward_ms, t.both_ms)]
-        table.add_row(t.shape, t.backend, *shown, t.refused)
-    Console().print(table)
+        forward, both = ("" if ms is None else f"{ms:.3f}" for ms in (t.forward_ms, t.both_ms))
+        print(f"| {t.shape} | {t.backend} | {forward} | {both} | {t.refused} |")
     if options.out is not None:
         where = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__}
         figures = {**where, "python": platform.python_version(), "timings": [asdict(t) for t in timings]}

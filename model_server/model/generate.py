@@ -83,10 +83,8 @@ def continuations(logits: Tensor, scores: Tensor, banned: Tensor, beams: int) ->
     v = logits.shape[-1]
     logp = logits.float().masked_fill(banned, -torch.inf).log_softmax(-1)
     best, flat = (scores[..., None] + logp).flatten(1).topk(2 * beams, -1)  # of [n, K * V]
-    return [
-        [(score, place // v, place % v) for score, place in zip(*row, strict=True)]
-        for row in zip(best.tolist(), flat.tolist(), strict=True)
-    ]
+    told = torch.stack((best.double(), flat.double()), -1).tolist()  # in one: each transfer waits for the device
+    return [[(score, int(place) // v, int(place) % v) for score, place in row] for row in told]
 
 
 @torch.no_grad()

@@ -115,10 +115,10 @@ class _Slots(KVCache):
         self.rows = self.at = torch.zeros(0, 0, dtype=torch.long)
         self.filled = 0
 
-    def aim(self, at: Tensor) -> None:
-        """The next writing goes to the places `at` [R, T] of the first R slots."""
+    def aim(self, at: Tensor, filled: int) -> None:
+        """The next writing goes to the places `at` [R, T] of the first R slots, none of them at `filled` or behind."""
         self.rows, self.at = torch.arange(len(at), device=at.device)[:, None], at
-        self.filled = int(at.max()) + 1
+        self.filled = filled
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v [R, G, T, d] of one layer -> all places up to the last one filled, [R, G, S, d] each."""
@@ -223,22 +223,23 @@ class Lane:
         if not n:
             return {}
         device = self._visible.device
-        at = torch.tensor([seat.filled for seat in seats], device=device)[:, None] + torch.arange(k, device=device)
-        parents = torch.tensor([seat.search.parents for seat in seats], device=device)  # as `at`, [n, K]
-        rows = torch.arange(n, device=device)[:, None]
+        told = torch.tensor([
+            (range(seat.filled, seat.filled + k), seat.search.parents, seat.search.tokens, [seat.position] * k)
+            for seat in seats
+        ])  # fmt: skip
+        at, parents, tokens, positions = self._sent(told).unbind(1)  # [n, K] each
+        rows, beams = torch.arange(n, device=device)[:, None], torch.arange(k, device=device)
         self._visible[:n] = self._visible[rows, parents]
-        self._visible[rows, torch.arange(k, device=device), at] = True
-        self._slots.aim(at.repeat_interleave(v, 0))
+        self._visible[rows, beams, at] = True
+        self._slots.aim(at.repeat_interleave(v, 0), max(seat.filled for seat in seats) + k)
         mask = self._visible[:n, :, : self._slots.filled].repeat_interleave(v, 0)[:, None]  # [n V, 1, K, S]
-        tokens = torch.tensor([seat.search.tokens for seat in seats], device=device)
         x = self.model.decoder.embed(tokens).repeat_interleave(v, 0)  # [n V, K, W]
-        positions = torch.tensor([seat.position for seat in seats], device=device)
-        positions = positions.repeat_interleave(v)[:, None].expand(-1, k)
+        positions = positions.repeat_interleave(v, 0)
         experts = torch.tensor([seat.expert for seat in seats]).repeat_interleave(v)
         details = _joined([seat.details for seat in seats if seat.details is not None])
         hidden = self.model.decoder(x, positions, mask, experts, None, self._slots, details)
         logits = _agreed(self.model.decoder.logits(hidden).view(n, v, k, -1))  # [n, K, vocabulary]
-        scores = torch.tensor([seat.search.scores for seat in seats], device=device)
+        scores = self._sent(torch.tensor([seat.search.scores for seat in seats]))
         found = continuations(logits, scores, self._banned, k)
         ended = []
         for i, seat in enumerate(seats):
@@ -250,6 +251,11 @@ class Lane:
         for i in reversed(ended):
             self._leave(i)
         return answers
+
+    def _sent(self, told: Tensor) -> Tensor:
+        """On the model's device, which goes on with what it does meanwhile."""
+        device = self._visible.device
+        return told.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else told
 
     def drop(self, key: Hashable) -> None:
         """Its places are free again at once; nothing happens where it has left already."""
