@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,15 @@ def test_sequences_that_join_one_by_one_are_written_as_a_batch_of_them_is(loaded
     for i, expected in enumerate(batch):
         assert [h.ids for h in said[i]] == [h.ids for h in expected]
         assert [h.logprob for h in said[i]] == pytest.approx([h.logprob for h in expected], abs=1e-3)
+
+
+@torch.inference_mode()
+def test_half_precision_stays_close_to_float32(loaded: Checkpoint) -> None:
+    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    task, found = loaded.tokenizer.tasks["[CAP]"], []
+    for model in (loaded.model, copy.deepcopy(loaded.model).bfloat16()):
+        prefix = Prefix.joined(prefixes(model, see(model, images), model.config.views, 0))
+        found.append(prefill(model, prefix, task, None).logits.float())
+    exact, half = found
+    assert (half - exact).abs().max() <= 0.03 * exact.abs().max()
+    assert (half.log_softmax(-1) - exact.log_softmax(-1)).abs().mean() <= 0.02
