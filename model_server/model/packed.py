@@ -39,22 +39,24 @@ class PackedConv(nn.Module):
         conv = layer.conv
         if layer.norm is not None or conv.bias is None:
             raise ValueError("only a folded convolution can be packed; call `fold_norms` first")
-        self.kernel, self.stride, self.groups = conv.kernel_size[0], conv.stride[0], conv.groups
-        self.padding = [0, 0] if self.stride != 1 else [self.kernel // 2] * 2  # stride 2 pads in `forward`
-        hint = [1, conv.in_channels, _HINT, _HINT]
+        self.stride, self.groups = conv.stride[0], conv.groups
+        self.padding = [conv.kernel_size[0] // 2] * 2
+        weight = conv.weight.detach()
+        if self.stride != 1:
+            # TensorFlow's SAME (see `SameConv`) pads even sides by one less at the top and left. A kernel with zeros
+            # there gives the same under equal padding, and no padded copy of the map is made.
+            weight = F.pad(weight, (1, 0, 1, 0))
         self.weight = torch.ops.mkldnn._reorder_convolution_weight(
-            conv.weight.detach().contiguous(memory_format=torch.channels_last),
-            self.padding, [self.stride] * 2, [1, 1], self.groups, hint,
+            weight.contiguous(memory_format=torch.channels_last),
+            self.padding, [self.stride] * 2, [1, 1], self.groups, [1, conv.in_channels, _HINT, _HINT],
         )  # fmt: skip
         self.bias = conv.bias.detach()
         self.after, self.limits = ("hardtanh", [0.0, 6.0]) if relu6 else ("none", [])
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """As the layer; `add` is of the output's shape."""
-        if self.stride != 1:  # TensorFlow's SAME, see `SameConv`
-            pads = [max((-(-n // self.stride) - 1) * self.stride + self.kernel - n, 0) for n in x.shape[-2:]]
-            top, left = pads[0] // 2, pads[1] // 2
-            x = F.pad(x, (left, pads[1] - left, top, pads[0] - top))
+        if self.stride != 1 and (x.shape[-2] % 2 or x.shape[-1] % 2):  # odd sides are padded alike on both
+            x = F.pad(x, (x.shape[-1] % 2, 0, x.shape[-2] % 2, 0))
         where = (self.weight, self.bias, self.padding, [self.stride] * 2, [1, 1], self.groups)
         if add is None:
             return torch.ops.mkldnn._convolution_pointwise(x, *where, self.after, self.limits, "")
