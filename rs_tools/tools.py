@@ -1,41 +1,36 @@
 """The tools: from an image's name to a typed answer.
 
-Each tool checks its inputs, describes the scene, plans looks at the region, has the model answer each of them, and
-reduces the answers to one. Raster work runs in worker threads, so that one event loop serves many callers.
+Each tool checks its inputs, has the scene described and looks at the region planned (`scenes`), has the model answer
+each of them (`asking`), and reduces the answers to one. Raster work runs in worker threads, so that one event loop
+serves many callers.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Literal
 
 from model_server.protocol import (
     MAX_LABELS,
     PerceiveRequest,
     PerceiveResponse,
-    TileCaption,
     TileMasks,
     TileObjects,
 )
 from model_server.relations import parse
 from rs_tools.amounts import Amount, asked_amount
-from rs_tools.calls import Call, Output, scene_gsd_m
-from rs_tools.errors import DeadlinePassed, InputError, NotServed, ServerError
-from rs_tools.imagery.access import AccessPolicy, Source, Stamp, stamp_of
-from rs_tools.imagery.alignment import Pair
-from rs_tools.imagery.scene import Region, Scene
-from rs_tools.imagery.tiling import Looks, look_at_whole, look_densely, single_tile
+from rs_tools.asking import Asker, Perceiving
+from rs_tools.calls import Call, Output
+from rs_tools.errors import InputError
+from rs_tools.imagery.access import AccessPolicy
+from rs_tools.imagery.tiling import look_at_whole, look_densely
 from rs_tools.inputs import checked_classes, checked_labels, checked_phrase, checked_question
 from rs_tools.inspecting import inspection, listing
-from rs_tools.looking import BATCH, OutOfTime, Progress, Seen, Taken, asked, shown, stream
+from rs_tools.looking import Progress, Seen
 from rs_tools.reduction import question_scope
 from rs_tools.results import (
     CaptionResult,
@@ -44,35 +39,20 @@ from rs_tools.results import (
     GroundResult,
     InspectResult,
     ListResult,
-    Result,
     SegmentResult,
     VqaResult,
 )
-from rs_tools.summary import headline
+from rs_tools.scenes import Scenes
 from rs_tools.user_folder import artifacts_folder
 from rs_tools.wording import answered, captioned, classified, looks_for
 
 if TYPE_CHECKING:  # what makes boxes and masks is imported when one is asked for: the tools must start fast
     from rs_tools.artifacts import ArtifactStore
     from rs_tools.grounding import Found
-    from rs_tools.imagery.anchors import Knowledge
-    from rs_tools.painting import Maps, Painted, Painter
+    from rs_tools.painting import Painted
 
 DEADLINE_S = 900.0
 MAX_OBJECTS = 1000
-DENSE_BATCH = 4  # tiles, each four times as large as those for words, so that progress comes as often
-_SCENES_KEPT = 32
-_BLANK = 64  # pixels a side
-
-
-class Perceiving(Protocol):
-    """What the tools need of a `ModelClient`."""
-
-    async def perceive(self, request: PerceiveRequest, tiles: list[np.ndarray]) -> PerceiveResponse: ...
-
-
-_A = TypeVar("_A")
-_R = TypeVar("_R", bound=Result)
 
 
 class Tools:
@@ -104,16 +84,15 @@ class Tools:
         artifacts: str | Path | None = None,
     ) -> None:
         self._policy = policy
-        self._client = client
-        self._deadline_s = deadline_s
+        self._scenes = Scenes(policy)
+        self._model = Asker(client, deadline_s)
         self._artifacts = artifacts
         self._kept_store: ArtifactStore | None = None
-        self._scenes: OrderedDict[tuple[Source, Stamp, tuple[int, ...]], Scene] = OrderedDict()
 
     async def inspect_image(self, image: str, bands: Sequence[int] = ()) -> InspectResult:
         """Size, bands, data type, georeference and kind of an image. Asks no model."""
         started = time.perf_counter()
-        scene = await asyncio.to_thread(self._scene, image, bands)
+        scene = await asyncio.to_thread(self._scenes.scene, image, bands)
         return await asyncio.to_thread(inspection, scene, started)
 
     async def list_images(self, folder: str = "") -> ListResult:
@@ -135,9 +114,9 @@ class Tools:
         """
         if detail not in ("short", "full"):
             raise InputError(f"detail must be 'short' or 'full', not {detail!r}.")
-        call = await self._call(image, region, bands, look_at_whole, embeddings)
+        call = await self._scenes.call(image, region, bands, look_at_whole, embeddings)
         request = PerceiveRequest(task="caption", detail=detail, gsd_m=call.tile_gsd_m)
-        return await self._answer(
+        return await self._model.answer(
             call, request, lambda response: response.captions, partial(captioned, call, detail), progress
         )
 
@@ -160,9 +139,9 @@ class Tools:
         amount = asked_amount(text)
         if amount is not None and (found := await self._amount(amount, image, region, bands, embeddings, progress)):
             return found
-        call = await self._call(image, region, bands, partial(looks_for, scope), embeddings)
+        call = await self._scenes.call(image, region, bands, partial(looks_for, scope), embeddings)
         request = PerceiveRequest(task="vqa", text=text, gsd_m=call.tile_gsd_m)
-        return await self._answer(
+        return await self._model.answer(
             call, request, lambda response: response.vqa, partial(answered, call, scope), progress
         )
 
@@ -180,9 +159,9 @@ class Tools:
         checked = checked_labels(labels)
         if not 1 <= top_k <= MAX_LABELS:
             raise InputError(f"top_k must be from 1 to {MAX_LABELS}, not {top_k}.")
-        call = await self._call(image, region, bands, look_at_whole, embeddings)
+        call = await self._scenes.call(image, region, bands, look_at_whole, embeddings)
         request = PerceiveRequest(task="classify", labels=checked, gsd_m=call.tile_gsd_m)
-        return await self._answer(
+        return await self._model.answer(
             call, request, lambda response: response.classes, partial(classified, call, top_k), progress
         )
 
@@ -208,7 +187,7 @@ class Tools:
             raise InputError(f"max_objects must be from 1 to {MAX_OBJECTS}, not {max_objects}.")
         if not 0 <= min_score <= 1:
             raise InputError(f"min_score must be from 0 (the model's own threshold) to 1, not {min_score}.")
-        call = await self._call(image, region, bands, look_densely, embeddings)
+        call = await self._scenes.call(image, region, bands, look_densely, embeddings)
         result, _ = await self._ground(call, phrase, max_objects, min_score, preview, progress)
         return result
 
@@ -224,7 +203,7 @@ class Tools:
             return grounding.grounded(call, phrase, max_objects, found, seen)
 
         request = _ground_request(call, relation.head if relation else phrase)
-        seen = await self._seen(call, request, _objects, reduce, progress)
+        seen = await self._model.seen(call, request, _objects, reduce, progress)
 
         def finish() -> tuple[GroundResult, Found]:
             found = grounding.found_in(call, seen, min_score, relation)
@@ -246,7 +225,7 @@ class Tools:
     ) -> SegmentResult:
         """Give each pixel one of the classes or none: pixels, share and area of each, a mask and its outlines."""
         checked = checked_classes(classes)
-        call = await self._call(image, region, bands, look_densely)
+        call = await self._scenes.call(image, region, bands, look_densely)
         result, _ = await self._segment(call, checked, preview, progress)
         return result
 
@@ -258,7 +237,7 @@ class Tools:
         store = await asyncio.to_thread(self._store)
         painter, knowledge = painting.Painter(store, call, checked), segmenting.Knowledge()
         reduce = partial(segmenting.segmented, call, checked, painter, knowledge)
-        seen, painted = await self._painted(
+        seen, painted = await self._model.painted(
             call, _segment_request(call, checked), _masks, knowledge.maps, painter,
             lambda seen: reduce(seen, None), progress,
         )  # fmt: skip
@@ -290,7 +269,7 @@ class Tools:
             PairError: the two do not overlap, measure different things, or only one has a place on Earth.
         """
         phrase = checked_phrase(query, "query") if query.strip() else ""
-        call = await self._pair_call(before, after, region, bands)
+        call = await self._scenes.pair_call(before, after, region, bands)
         from rs_tools import changing, painting
 
         assert call.pair is not None
@@ -298,11 +277,11 @@ class Tools:
         store = await asyncio.to_thread(self._store)
         painter = painting.Painter(store, call, changing.CLASSES)
         request = PerceiveRequest(task="detect_change", text=phrase, gsd_m=call.tile_gsd_m, modality=call.modality)
-        seen, painted = await self._painted(
+        seen, painted = await self._model.painted(
             call, request, lambda response: response.changes, changing.maps, painter,
             lambda seen: changing.detected(call, painter, seen, None, shift, (), phrase), progress,
         )  # fmt: skip
-        scenes = await self._scene_captions(call) if painted is not None and painted.areas else []
+        scenes = await self._model.scene_captions(call) if painted is not None and painted.areas else []
 
         def finish() -> DetectChangeResult:
             result = changing.detected(call, painter, seen, painted, shift, scenes, phrase)
@@ -320,129 +299,6 @@ class Tools:
         """
         return await asyncio.to_thread(lambda: self._store().read(uri))
 
-    async def _call(
-        self,
-        image: str,
-        region: Sequence[float],
-        bands: Sequence[int],
-        plan: Callable[[Region, float | None], Looks],
-        embeddings: str = "",
-    ) -> Call:
-        started = time.perf_counter()
-
-        def planned() -> Call:
-            scene = self._scene(image, bands)
-            looks = plan(scene.region(region), scene_gsd_m(scene))
-            return Call(
-                scene, looks, started, dense=plan is look_densely, known=self._known(embeddings, scene, region)
-            )
-
-        return await asyncio.to_thread(planned)
-
-    async def _pair_call(self, before: str, after: str, region: Sequence[float], bands: Sequence[int]) -> Call:
-        started = time.perf_counter()
-
-        def planned() -> Call:
-            earlier = self._scene(before, bands)
-            looks = look_densely(earlier.region(region), scene_gsd_m(earlier))
-            return Call(earlier, looks, started, Pair.of(earlier, self._scene(after, bands)), dense=True)
-
-        return await asyncio.to_thread(planned)
-
-    async def _answer(
-        self,
-        call: Call,
-        request: PerceiveRequest,
-        pick: Callable[[PerceiveResponse], Sequence[_A]],
-        reduce: Callable[[Seen[_A]], _R],
-        progress: Progress | None,
-    ) -> _R:
-        """The answers that `pick` finds in the responses to all looks, reduced to one result."""
-        return reduce(await self._seen(call, request, pick, reduce, progress))
-
-    async def _seen(
-        self,
-        call: Call,
-        request: PerceiveRequest,
-        pick: Callable[[PerceiveResponse], Sequence[_A]],
-        reduce: Callable[[Seen[_A]], Result],
-        progress: Progress | None,
-        take: Callable[[Sequence[Taken[_A]]], Awaitable[None]] | None = None,
-    ) -> Seen[_A]:
-        """The answers to all looks. `reduce` says what was found until the deadline; `take` as in `stream`."""
-
-        known = call.known
-
-        async def ask(tiles: list[np.ndarray], regions: Sequence[Region]) -> Sequence[_A]:
-            told = request
-            if known is not None:
-                anchors = await asyncio.to_thread(lambda at: [at(region) for region in regions], known.at)
-                told = request.model_copy(update={"anchors": anchors})
-            response = await self._client.perceive(told, tiles)
-            answers = pick(response)
-            wanted = len(tiles) // 2 if call.pair is not None else len(tiles)
-            if len(answers) != wanted:
-                raise ServerError(f"The model server did not answer each of the {wanted} tiles; try again.")
-            call.heard(response)
-            return answers
-
-        try:
-            return await stream(
-                call.pair or call.scene, call.looks, ask, seconds=self._left(call), progress=progress,
-                batch=DENSE_BATCH if call.dense else BATCH, take=take,
-            )  # fmt: skip
-        except OutOfTime as late:
-            raise DeadlinePassed(_too_late(self._deadline_s, call.looks, late.seen, reduce)) from late
-
-    async def _painted(
-        self,
-        call: Call,
-        request: PerceiveRequest,
-        pick: Callable[[PerceiveResponse], Sequence[_A]],
-        maps: Callable[[_A], Maps],
-        painter: Painter,
-        reduce: Callable[[Seen[_A]], Result],
-        progress: Progress | None,
-    ) -> tuple[Seen[_A], Painted | None]:
-        """All looks painted; None for the mask of a region without data."""
-        thread = ThreadPoolExecutor(1, thread_name_prefix="rs_tools-painter")
-        loop = asyncio.get_running_loop()
-
-        def paint(tiles: Sequence[Taken[_A]]) -> None:
-            for tile in tiles:
-                painter.add(tile.index, None if tile.answer is None else maps(tile.answer), tile.valid)
-
-        async def take(tiles: Sequence[Taken[_A]]) -> None:
-            try:
-                await loop.run_in_executor(thread, paint, tiles)
-            except ValueError as error:
-                raise ServerError(f"The model server's maps do not fit the tiles it was sent: {error}.") from error
-
-        try:
-            seen = await self._seen(call, request, pick, reduce, progress, take)
-            return seen, await loop.run_in_executor(thread, painter.finish) if seen.valid else None
-        finally:
-            thread.submit(painter.close)  # after what it is doing
-            thread.shutdown(wait=False)
-
-    async def _scene_captions(self, call: Call) -> Sequence[TileCaption]:
-        """Of the earlier and the later scene of a pair, each from one look; none where no time is left for them."""
-
-        def read() -> list[np.ndarray]:
-            assert call.pair is not None
-            plan = single_tile(call.region)
-            with call.pair.reader() as reading:
-                return list(shown(reading(call.region, plan.size(call.region))))
-
-        async def ask(tiles: list[np.ndarray]) -> Sequence[TileCaption]:
-            return (await self._client.perceive(PerceiveRequest(task="caption"), tiles)).captions
-
-        try:
-            async with asyncio.timeout(self._left(call)):
-                return await asked(partial(ask, await asyncio.to_thread(read)), patient=True)
-        except TimeoutError:  # the change itself is known, and worth more than words about the scenes
-            return []
-
     async def _amount(
         self,
         amount: Amount,
@@ -453,13 +309,13 @@ class Tools:
         progress: Progress | None,
     ) -> VqaResult | None:
         """The answer from boxes or a mask; None where the model does not know the thing or the place has no area."""
-        call = await self._call(image, region, bands, look_densely, embeddings)
+        call = await self._scenes.call(image, region, bands, look_densely, embeddings)
         if amount.kind == "area" and call.scene.georeference is None:
             return None
         request = _ground_request(call, amount.phrase)
         if amount.kind == "area":
             request = _segment_request(call, [amount.phrase])
-        if not await self._knows(request):
+        if not await self._model.knows(request):
             return None
         from rs_tools import evidence
 
@@ -469,26 +325,6 @@ class Tools:
         mask, painted = await self._segment(call, [amount.phrase], False, progress)
         return None if painted is None else evidence.covered(amount.phrase, call.region, mask, painted)
 
-    async def _knows(self, request: PerceiveRequest) -> bool:
-        """Whether the model knows what a request names, asked with a tile that shows nothing."""
-        blank = np.full((_BLANK, _BLANK, 3), 127, np.uint8)
-        try:
-            response = await self._client.perceive(request, [blank])
-        except NotServed:
-            return False
-        answers = [*(one.known for one in response.objects), *(known for one in response.masks for known in one.known)]
-        return bool(answers) and all(answers)
-
-    def _known(self, embeddings: str, scene: Scene, region: Sequence[float]) -> Knowledge | None:
-        if not embeddings.strip():
-            return None
-        from rs_tools.imagery.anchors import Knowledge
-
-        return Knowledge(self._policy, embeddings, scene, region)
-
-    def _left(self, call: Call) -> float:
-        return self._deadline_s - (time.perf_counter() - call.started)
-
     def _store(self) -> ArtifactStore:
         """The folder of artifacts, made when it is first needed."""
         if self._kept_store is None:
@@ -496,16 +332,6 @@ class Tools:
 
             self._kept_store = ArtifactStore(self._artifacts or artifacts_folder())
         return self._kept_store
-
-    def _scene(self, image: str, bands: Sequence[int]) -> Scene:
-        """The scene of an image, kept while its file stays the same. Failures are not kept."""
-        source = self._policy.resolve(image)
-        key = (source, stamp_of(source), tuple(bands))
-        scene = self._scenes.pop(key, None) or Scene.open(self._policy, str(source), bands)
-        self._scenes[key] = scene  # now the most recently used
-        while len(self._scenes) > _SCENES_KEPT:
-            self._scenes.popitem(last=False)
-        return scene
 
 
 def _ground_request(call: Call, phrase: str) -> PerceiveRequest:
@@ -522,15 +348,3 @@ def _objects(response: PerceiveResponse) -> list[TileObjects]:
 
 def _masks(response: PerceiveResponse) -> list[TileMasks]:
     return response.masks
-
-
-def _too_late(deadline_s: float, looks: Looks, seen: Seen[_A], reduce: Callable[[Seen[_A]], Result]) -> str:
-    """What was done until the deadline, and how to get the rest."""
-    text = f"The {deadline_s:g} s for one call are over after {seen.done} of {seen.total} looks; the rest is cancelled."
-    if seen.valid:
-        text += f" So far: {headline(reduce(seen))}."
-    if seen.total > 1:
-        rest, _ = looks.windows[seen.done]
-        end = looks.finest.regions[-1]
-        text += f" Ask about a smaller region; what was not looked at begins at row {rest[1]} and ends at row {end[3]}."
-    return text
