@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 NO_DATA = "The region holds no data: every pixel in it is nodata."
 NO_OVERLAP = "Nothing in the region can be compared: it is nodata, or the later image does not cover it."
 _HEAVY_DECIMATION = 4
-COARSEST_LEARNED_M = 20.0  # metres per pixel: imagery with captions, questions or masks to learn from is finer
 _MODALITY_WARNINGS = {
     "multispectral": "The image is multispectral; the model saw only the three bands shown as red, green and blue.",
     "sar": "The image looks like radar (SAR); the model was trained on optical images, so its answer is unreliable.",
@@ -169,11 +168,6 @@ def _look_warnings(call: Call, seen: Seen) -> list[str]:
     if seen.valid < 0.5:
         holds = "holds data" if call.pair is None else "holds data in both images"
         warnings.append(f"Only {seen.valid:.1%} of the region {holds}.")
-    if call.gsd_m is not None and call.gsd_m > COARSEST_LEARNED_M:
-        warnings.append(
-            f"A pixel covers {call.gsd_m:.3g} m; the embedded model learned from imagery of 0.1 to "
-            f"{COARSEST_LEARNED_M:.0f} m per pixel. Take the answer as a guess, whatever its confidence."
-        )
     if seen.one_color:
         warnings.append("The region is of one uniform colour; there is little to see in it.")
     plan = looks.finest
