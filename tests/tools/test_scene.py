@@ -15,7 +15,9 @@ from rasters import noise, opened, whole, write
 
 from rs_tools.errors import ImageError, RegionError
 from rs_tools.imagery.access import AccessPolicy, Source
+from rs_tools.imagery.reading import side_by_side
 from rs_tools.imagery.scene import Scene
+from rs_tools.imagery.tiling import tile_grid
 
 NAN = float("nan")
 
@@ -121,7 +123,9 @@ def test_memory_stays_flat_however_large_the_file() -> None:
 import resource, sys, tempfile, rasterio
 from pathlib import Path
 from rs_tools.imagery.access import AccessPolicy, Source
+from rs_tools.imagery.reading import side_by_side
 from rs_tools.imagery.scene import Scene
+from rs_tools.imagery.tiling import tile_grid
 folder = Path(tempfile.mkdtemp())
 size = dict(width=8000, height=8000, count=3, dtype="uint16", tiled=True, photometric="RGB")
 with rasterio.open(folder / "big.tif", "w", driver="GTiff", SPARSE_OK=True, **size):
@@ -191,6 +195,53 @@ def test_a_reader_opens_the_file_once_and_reads_windows_as_single_reads_do(tmp_p
     for single, one in zip(singles, together, strict=True):
         np.testing.assert_array_equal(one.rgb, single.rgb)
         np.testing.assert_array_equal(one.valid, single.valid)
+
+
+@pytest.mark.parametrize("kind", ["colours", "sixteen bits with nodata", "decimals with gaps", "palette"])
+@pytest.mark.parametrize("most", [2**19, 2500])
+@pytest.mark.parametrize("overlap", [0, 9])
+def test_windows_told_beforehand_are_read_as_single_ones_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, most: int, overlap: int
+) -> None:
+    monkeypatch.setattr("rs_tools.imagery.reading._STRIP_PIXELS", most)
+    if kind == "colours":
+        path = write(tmp_path / "a.tif", noise(3, 90, 170), photometric="RGB")
+    elif kind == "palette":
+        colors = {i: (i, 255 - i, 7, 255 * (i % 5 > 0)) for i in range(256)}
+        path = write(tmp_path / "a.tif", noise(1, 90, 170), photometric="palette", colormap=colors)
+    elif kind == "decimals with gaps":
+        values = noise(3, 90, 170, "float32", high=4000)
+        values[:, 20:40, 30:100] = NAN
+        path = write(tmp_path / "a.tif", values, photometric="RGB")
+    else:
+        path = write(tmp_path / "a.tif", noise(3, 90, 170, "uint16", high=40), photometric="RGB", nodata=7)
+    scene = opened(path)
+    plan = tile_grid((3, 2, 165, 88), 40, overlap)
+    windows = [(region, plan.size(region)) for region in plan.regions]
+    windows += [((0, 0, 170, 90), (17, 9)), windows[0]]  # a reduced one, and one that comes again
+    with scene.reader(windows) as read:
+        together = [read(*window) for window in windows]
+        alone = read((1, 1, 9, 9), (8, 8))  # nobody told of this one
+    together[1].rgb[:], together[1].valid[:] = 0, False  # no window shares another's memory
+    windows.append(((1, 1, 9, 9), (8, 8)))
+    for window, one in zip(windows, [*together, alone], strict=True):
+        if one is not together[1]:
+            single = scene.read(*window)
+            np.testing.assert_array_equal(one.rgb, single.rgb)
+            np.testing.assert_array_equal(one.valid, single.valid)
+
+
+def test_neighbours_in_a_row_make_up_strips_that_are_bounded() -> None:
+    plan = tile_grid((0, 0, 20_000, 500), 256, 32)
+    windows = [(region, plan.size(region)) for region in plan.regions]
+    strips = side_by_side(windows)
+    assert len(strips) == len(windows)
+    for (region, _), (x1, y1, x2, y2) in strips.items():
+        assert x1 <= region[0] < region[2] <= x2
+        assert (region[1], region[3]) == (y1, y2)
+        assert (x2 - x1) * (y2 - y1) <= 2**19
+    assert len(set(strips.values())) < len(windows) / 5
+    assert side_by_side([((0, 0, 20, 20), (10, 10)), ((10, 0, 30, 20), (10, 10))]) == {}
 
 
 def test_a_reader_refuses_a_file_that_changes_between_two_windows(tmp_path: Path) -> None:
