@@ -271,15 +271,18 @@ async def test_maps_of_a_wrong_size_are_an_error_and_leave_no_file(tmp_path: Pat
     await emptied(tmp_path / "artifacts")
 
 
-def test_a_tall_scene_is_painted_with_little_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wide", [False, True], ids=["tall", "wide"])
+def test_a_tall_or_wide_scene_is_painted_with_little_memory(tmp_path: Path, wide: bool) -> None:
     """9 million pixels of twelve classes are 430 MB as the numbers that a blend in one piece would hold."""
     (tmp_path / "images").mkdir()
-    height, width = 12_000, 750
+    long, short = 12_000, 750
+    width, height = (long, short) if wide else (short, long)
     profile = PLACED | {"driver": "GTiff", "dtype": "uint8", "count": 3, "width": width, "height": height}
-    with rasterio.open(tmp_path / "images" / "tall.tif", "w", tiled=True, compress="deflate", **profile) as file:
-        for top in range(0, height, 1000):
-            rows = painted(1000, width, ((150, 100, 600, 900), BLUE))
-            file.write(rows, window=((top, top + 1000), (0, width)))
+    with rasterio.open(tmp_path / "images" / "long.tif", "w", tiled=True, compress="deflate", **profile) as file:
+        for start in range(0, long, 1000):
+            part = painted(1000, short, ((150, 100, 600, 900), BLUE))
+            window = ((start, start + 1000), (0, short))
+            file.write(part.transpose(0, 2, 1) if wide else part, window=window[::-1] if wide else window)
     program = """
 import asyncio, json, resource, sys
 from pathlib import Path
@@ -295,9 +298,9 @@ class Forgetful(PlantedModel):
 folder = Path(sys.argv[1])
 tools = Tools(AccessPolicy([folder / "images"]), Forgetful(), artifacts=folder / "artifacts")
 classes = ["water", "soil", *map(str, range(10))]
-asyncio.run(tools.segment("tall.tif", classes, [0, 0, 750, 1000]))
+asyncio.run(tools.segment("long.tif", classes, [0, 0, 750, 750]))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-found = asyncio.run(tools.segment("tall.tif", classes))
+found = asyncio.run(tools.segment("long.tif", classes))
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 print(json.dumps([grown // 1024, found.classes[0].pixels]))
 """
