@@ -6,7 +6,6 @@ tokens stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,13 +14,13 @@ from model_server.checkpoints.adapters import fusar
 from model_server.checkpoints.adapters.fusar_inputs import PromptWriter
 from model_server.checkpoints.hub import companion
 from model_server.checkpoints.published import read_json
-from model_server.families.asking import Ask, Opened, Said
+from model_server.families.asking import Opened
+from model_server.families.dialect import WordDialect
 from model_server.families.qwen_speaker import QwenSpeaker
-from model_server.families.reading import answer, caption, classes, objects
 from model_server.families.words import Words
-from model_server.protocol import PerceiveRequest, Task, TaskNotServed, TileAnswer
+from model_server.protocol import PerceiveRequest, Task
 from model_server.query import Query
-from model_server.text.boxes import BoxDialect, parse_boxes
+from model_server.text.boxes import BoxDialect, ParsedBoxes, parse_boxes
 
 STEPS: dict[Task, int] = {"caption": 512, "vqa": 128, "classify": 0, "ground": 2048}
 LEAD = "This is a SAR image."
@@ -48,40 +47,24 @@ def open_checkpoint(folder: Path, device: str, dtype: torch.dtype) -> Opened:
     return Opened(FusarDialect(side), speaker, (folder, base))
 
 
-class FusarDialect:
-    """Captions, answers, classes and boxes. `side`: pixels of the square the picture is squashed to, the unit of
-    boxes."""
+class FusarDialect(WordDialect):
+    """`side`: pixels of the square the picture is squashed to, the unit of boxes."""
 
     name = "fusar"
-    tasks: tuple[Task, ...] = ("caption", "vqa", "classify", "ground")
+    steps = STEPS
     anchored = True
 
     def __init__(self, side: int) -> None:
         self._side = side
 
-    def route(self, task: Task) -> tuple[str, str]:
-        return "", "shared"
+    def _messages(self, query: Query) -> list[str]:
+        return [f"{LEAD} {_words(query)}"]
 
-    def ask(self, query: Query) -> list[Ask]:
-        options = query.labels if query.task == "classify" else ()
-        message = f"{LEAD} {_words(query)}"
-        return [Ask((query.image,), message, STEPS[query.task], options=options, anchors=query.anchors)]
+    def _boxes(self, text: str, width: int, height: int) -> ParsedBoxes:
+        return parse_boxes(text, BoxDialect.QWEN, (width, height), (self._side, self._side))
 
-    def read(self, query: Query, said: Sequence[Said]) -> TileAnswer:
-        height, width = query.image.shape[:2]
-        match query.task:
-            case "caption":
-                return caption(said[0])
-            case "vqa":
-                return answer(said[0])
-            case "classify":
-                return classes(query.labels, said[0])
-            case "ground":
-                seen = (self._side, self._side)
-                boxes = parse_boxes(said[0].text, BoxDialect.QWEN, (width, height), seen).boxes
-                return objects(boxes, said[0], self._side / max(height, width))
-            case _:
-                raise TaskNotServed(query.task, self.name, self.tasks)
+    def _scale(self, width: int, height: int) -> float:
+        return self._side / max(height, width)
 
     def cautions(self, request: PerceiveRequest) -> list[str]:
         missing = not any(len(known) for known in request.anchors)

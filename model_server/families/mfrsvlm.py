@@ -6,7 +6,6 @@ tag for classification, so that is asked as a question.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,15 +13,15 @@ import torch
 from model_server.checkpoints.adapters import mfrsvlm
 from model_server.checkpoints.hub import companion
 from model_server.checkpoints.published import read_json
-from model_server.families.asking import Ask, Opened, Said
+from model_server.families.asking import Opened
+from model_server.families.dialect import WordDialect
 from model_server.families.llava_speaker import LlavaSpeaker
 from model_server.families.pictures import Processing, aspect_of, clip_processing
-from model_server.families.reading import answer, caption, classes, objects
 from model_server.families.words import PICTURE, Words
 from model_server.model.config import MergeConfig
-from model_server.protocol import PerceiveRequest, Task, TaskNotServed, TileAnswer
+from model_server.protocol import PerceiveRequest, Task
 from model_server.query import Query
-from model_server.text.boxes import BoxDialect, parse_boxes
+from model_server.text.boxes import BoxDialect, ParsedBoxes, parse_boxes
 
 SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
@@ -57,12 +56,11 @@ def prompt(message: str, pictures: int = 1, marked: bool = False) -> str:
     return f"{SYSTEM} USER: " + f"{shown}\n" * pictures + f"{message} ASSISTANT:"
 
 
-class MFRSVLMDialect:
-    """Captions, answers, classes and boxes. `side`: pixels a side of the square that the tower sees."""
+class MFRSVLMDialect(WordDialect):
+    """`side`: pixels a side of the square that the tower sees."""
 
     name = "mfrsvlm"
-    tasks: tuple[Task, ...] = ("caption", "vqa", "classify", "ground")
-    anchored = False
+    steps = STEPS
 
     def __init__(self, side: int) -> None:
         self._side = side
@@ -70,25 +68,14 @@ class MFRSVLMDialect:
     def route(self, task: Task) -> tuple[str, str]:
         return TAGS[task], "shared"
 
-    def ask(self, query: Query) -> list[Ask]:
-        options = query.labels if query.task == "classify" else ()
-        message = f"{TAGS[query.task]} {_words(query)}"
-        return [Ask((query.image,), message, STEPS[query.task], options=options)]
+    def _messages(self, query: Query) -> list[str]:
+        return [f"{TAGS[query.task]} {_words(query)}"]
 
-    def read(self, query: Query, said: Sequence[Said]) -> TileAnswer:
-        height, width = query.image.shape[:2]
-        match query.task:
-            case "caption":
-                return caption(said[0])
-            case "vqa":
-                return answer(said[0])
-            case "classify":
-                return classes(query.labels, said[0])
-            case "ground":
-                boxes = parse_boxes(said[0].text, BoxDialect.PERMILLE, (width, height)).boxes
-                return objects(boxes, said[0], self._side / max(height, width))
-            case _:
-                raise TaskNotServed(query.task, self.name, self.tasks)
+    def _boxes(self, text: str, width: int, height: int) -> ParsedBoxes:
+        return parse_boxes(text, BoxDialect.PERMILLE, (width, height))
+
+    def _scale(self, width: int, height: int) -> float:
+        return self._side / max(height, width)
 
     def cautions(self, request: PerceiveRequest) -> list[str]:
         if request.task == "ground":

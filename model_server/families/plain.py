@@ -6,58 +6,40 @@ the picture as it was resized. Neither draws masks or compares pictures pixel by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
-from model_server.families.asking import Ask, Said
-from model_server.families.reading import answer, caption, classes, objects
-from model_server.protocol import PerceiveRequest, Task, TaskNotServed, TileAnswer
+from model_server.families.dialect import WordDialect
+from model_server.protocol import PerceiveRequest, Task
 from model_server.query import Query
 from model_server.text.boxes import Box, BoxDialect, ParsedBoxes, parse_boxes
 
 STEPS: dict[Task, int] = {"caption": 256, "vqa": 64, "classify": 0, "ground": 512}
-TASKS: tuple[Task, ...] = ("caption", "vqa", "classify", "ground")
 Reader = Callable[[str, int, int], ParsedBoxes]  # text, width, height of the picture -> boxes on its pixels
 
 
-class PlainDialect:
-    """Captions, answers, classes and boxes.
-
-    grounding: the words that ask for boxes, with `{}` for the phrase; read: its answer's boxes; scale: pixels seen per
-    pixel of a picture of some width and height.
+class PlainDialect(WordDialect):
+    """grounding: the words that ask for boxes, with `{}` for the phrase; read: its answer's boxes; scale: pixels seen
+    per pixel of a picture of some width and height.
     """
 
-    tasks: tuple[Task, ...] = TASKS
-    anchored = False
+    steps = STEPS
 
     def __init__(self, name: str, grounding: str, read: Reader, scale: Callable[[int, int], float]) -> None:
         self.name = name
-        self._grounding, self._read, self._scale = grounding, read, scale
+        self._grounding, self._reader, self._seen = grounding, read, scale
 
-    def route(self, task: Task) -> tuple[str, str]:
-        return "", "shared"
+    def _boxes(self, text: str, width: int, height: int) -> ParsedBoxes:
+        return self._reader(text, width, height)
 
-    def ask(self, query: Query) -> list[Ask]:
-        options = query.labels if query.task == "classify" else ()
-        return [Ask((query.image,), self._words(query), STEPS[query.task], options=options)]
-
-    def read(self, query: Query, said: Sequence[Said]) -> TileAnswer:
-        height, width = query.image.shape[:2]
-        match query.task:
-            case "caption":
-                return caption(said[0])
-            case "vqa":
-                return answer(said[0])
-            case "classify":
-                return classes(query.labels, said[0])
-            case "ground":
-                boxes = self._read(said[0].text, width, height).boxes
-                return objects(boxes, said[0], self._scale(width, height))
-            case _:
-                raise TaskNotServed(query.task, self.name, self.tasks)
+    def _scale(self, width: int, height: int) -> float:
+        return self._seen(width, height)
 
     def cautions(self, request: PerceiveRequest) -> list[str]:
         return ["This is a general model: it was not trained on remote sensing imagery in particular."]
+
+    def _messages(self, query: Query) -> list[str]:
+        return [self._words(query)]
 
     def _words(self, query: Query) -> str:
         text = query.text.strip()

@@ -14,16 +14,17 @@ import torch
 
 from model_server.checkpoints.adapters import rsunivlm
 from model_server.checkpoints.published import read_json
-from model_server.families.asking import Ask, Opened, Said
+from model_server.families.asking import Opened, Said
+from model_server.families.dialect import WordDialect
 from model_server.families.llava_speaker import LlavaSpeaker
 from model_server.families.pictures import Processing, aspect_of
-from model_server.families.reading import answer, caption, change, classes, masks, objects
+from model_server.families.reading import change, masks
 from model_server.families.words import PICTURE, Words
 from model_server.model.config import EXPERTS
 from model_server.model.experts import ROUTES
 from model_server.protocol import PerceiveRequest, Task, TileAnswer
 from model_server.query import Query
-from model_server.text.boxes import BoxDialect, parse_boxes
+from model_server.text.boxes import BoxDialect, ParsedBoxes, parse_boxes
 from model_server.text.masks import MaskDialect, parse_mask
 
 SYSTEM = "You are a helpful assistant."
@@ -64,12 +65,12 @@ def expert_of(message: str) -> str:
     return EXPERTS[0]
 
 
-class RSUniVLMDialect:
+class RSUniVLMDialect(WordDialect):
     """All six tasks. `side`: pixels a side of the square that the tower sees."""
 
     name = "rsunivlm"
     tasks: tuple[Task, ...] = ("caption", "vqa", "classify", "ground", "segment", "detect_change")
-    anchored = False
+    steps = STEPS
 
     def __init__(self, side: int) -> None:
         self._side = side
@@ -77,33 +78,26 @@ class RSUniVLMDialect:
     def route(self, task: Task) -> tuple[str, str]:
         return TOKENS[task], ROUTES[TOKENS[task]]
 
-    def ask(self, query: Query) -> list[Ask]:
-        images = (query.image,) if query.after is None else (query.image, query.after)
-        _, expert = self.route(query.task)
-        return [
-            Ask(images, f"{TOKENS[query.task]} {words}", STEPS[query.task], EXPERTS.index(expert),
-                query.labels if query.task == "classify" else ())
-            for words in _words(query)
-        ]  # fmt: skip
+    def _expert(self, task: Task) -> int:
+        return EXPERTS.index(self.route(task)[1])
 
     def read(self, query: Query, said: Sequence[Said]) -> TileAnswer:
         height, width = query.image.shape[:2]
-        scale = self._side / max(height, width)
-        match query.task:
-            case "caption":
-                return caption(said[0])
-            case "vqa":
-                return answer(said[0])
-            case "classify":
-                return classes(query.labels, said[0])
-            case "ground":
-                boxes = parse_boxes(said[0].text, BoxDialect.PERCENT, (width, height)).boxes
-                return objects(boxes, said[0], scale)
-            case "segment":
-                grids = [parse_mask(one.text, MaskDialect.RSUNIVLM) for one in said]
-                return masks(query, grids, said, scale)
-            case "detect_change":
-                return change(query, parse_mask(said[0].text, MaskDialect.RSUNIVLM), said[0], scale)
+        if query.task == "segment":
+            grids = [parse_mask(one.text, MaskDialect.RSUNIVLM) for one in said]
+            return masks(query, grids, said, self._scale(width, height))
+        if query.task == "detect_change":
+            return change(query, parse_mask(said[0].text, MaskDialect.RSUNIVLM), said[0], self._scale(width, height))
+        return super().read(query, said)
+
+    def _messages(self, query: Query) -> list[str]:
+        return [f"{TOKENS[query.task]} {words}" for words in _words(query)]
+
+    def _boxes(self, text: str, width: int, height: int) -> ParsedBoxes:
+        return parse_boxes(text, BoxDialect.PERCENT, (width, height))
+
+    def _scale(self, width: int, height: int) -> float:
+        return self._side / max(height, width)
 
     def cautions(self, request: PerceiveRequest) -> list[str]:
         if request.task in ("segment", "detect_change"):
