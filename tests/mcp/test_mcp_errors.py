@@ -58,7 +58,8 @@ async def test_arguments_that_do_not_fit_are_refused_by_name_with_what_the_tool_
         refused = await client.call_tool("caption", arguments)
     assert refused.is_error
     assert said in text_of(refused)
-    assert "It takes image (string, required), region (array), detail (string), bands (array)." in text_of(refused)
+    takes = "image (string, required), region (array), detail (string), bands (array), embeddings (string)"
+    assert f"It takes {takes}." in text_of(refused)
 
 
 async def test_without_a_model_server_the_agent_learns_so_and_inspection_still_works(root: Path) -> None:

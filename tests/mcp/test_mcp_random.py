@@ -36,6 +36,7 @@ USUAL = {
     "image": READABLE, "before": READABLE, "after": READABLE, "folder": ["", "."], "detail": ["short", "full"],
     "query": ["ship", "the largest ship"], "max_objects": [1, 5, 1000], "min_score": [0, 0.5, 1], "top_k": [1, 200],
     "question": ["Is there a ship?", "How many ships are there?", "How much water is there?"],
+    "embeddings": ["", "", "", ".", "scene.tif"],
 }  # fmt: skip
 NUMBERS = st.one_of(st.integers(-5, 70), st.integers(), st.floats(allow_nan=False, allow_infinity=False))
 WORDS = st.sampled_from(["water", "forest", "road"])

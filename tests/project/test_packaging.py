@@ -20,6 +20,7 @@ PINS = {
     for line in (ROOT / "constraints.txt").read_text().splitlines()
     if line and not line.startswith("#")
 }
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCENES = sorted(path for path in (ROOT / "examples" / "data").iterdir() if path.suffix in (".tif", ".jpg"))
 
 
@@ -66,9 +67,8 @@ def test_a_bundled_geotiff_lies_where_its_sources_say(path: Path) -> None:
         assert scene.dtypes[0] in row
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/ARCHITECTURE.md"])
-def test_links_in_the_documents_lead_to_files_that_exist(name: str) -> None:
-    document = ROOT / name
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_in_the_documents_lead_to_files_that_exist(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
         if "://" not in target:
             assert (document.parent / target).exists(), target
