@@ -31,7 +31,7 @@ from rs_tools.errors import ServerUnavailable
 from rs_tools.user_folder import user_folder
 
 IDLE_EXIT_S = 15 * 60
-ANNOUNCE_S = 30
+ANNOUNCE_S = 60  # on a loaded machine or a slow disk; a process that ends is noticed at once
 PROBE_S = 10
 
 
