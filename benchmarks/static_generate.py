@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -95,15 +95,15 @@ def static(llama: LlamaForCausalLM, visual: Tensor, how: Writing, batch: int) ->
     """Batches of `batch` prompts through `generate`, each until its longest answer has ended. visual: [N, P, D]."""
     ids: list[tuple[int, ...]] = []
     wall, cpu = time.perf_counter(), time.process_time()
+    generate: Callable[..., Tensor] = cast("Any", llama).generate  # its own types say that a Llama has none
     for some in visual.split(batch):
         task = llama.get_input_embeddings()(torch.full((len(some), 1), how.task))
         prompt = torch.cat((some, task), 1)
-        said = llama.generate(
+        said = generate(
             inputs_embeds=prompt, attention_mask=torch.ones(prompt.shape[:2], dtype=torch.long), do_sample=False,
             max_new_tokens=how.steps, eos_token_id=how.end, pad_token_id=how.pad,
             suppress_tokens=how.banned.nonzero()[:, 0].tolist(),
         )  # fmt: skip
-        assert isinstance(said, Tensor)
         ids += [_until(row, how.end) for row in said.tolist()]
     return Written(ids, time.perf_counter() - wall, time.process_time() - cpu)
 
