@@ -170,7 +170,7 @@ class Knowledge:
                 f"{given} holds embeddings of several years ({known}): name the folder of the year in which the image "
                 f"was taken, such as {given.rstrip('/')}/{years[-1]}, or one raster."
             )
-        self._year = years[0]
+        self._year = max(years)
         self._sources: set[str] = set()
         self._nodes = self._found = 0
         whole = self._layers.anchors(scene, self._year, self.NODES, region)
