@@ -49,7 +49,7 @@ _NAME = re.compile(r"(mask|vectors|preview)-[0-9a-f]{32}(\.tif|\.geojson|\.pixel
 _SIDECAR = ".aux.xml"
 _WRITING = ".writing-"
 _BLOCK = 512
-_WAITING_BYTES = 16 * 2**20
+_WAITING_BYTES = 16 * 2**20  # of rows that do not yet make whole blocks
 _GDAL_OPTIONS: dict[str, Any] = {"GDAL_CACHEMAX": 64 * 2**20}
 
 

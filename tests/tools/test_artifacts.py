@@ -45,8 +45,11 @@ def random_mask(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).choice(np.array([0, 1, 3, 255], np.uint8), (height, width))
 
 
-@pytest.mark.parametrize("rows", [1, 100, 5000])
-def test_a_mask_is_a_valid_cog_with_crs_colours_and_class_names(store: ArtifactStore, rows: int) -> None:
+@pytest.mark.parametrize(("rows", "waiting"), [(1, 2**24), (100, 2**24), (5000, 2**24), (7, 700 * 50), (100, 1)])
+def test_a_mask_is_a_valid_cog_with_crs_colours_and_class_names(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, rows: int, waiting: int
+) -> None:
+    monkeypatch.setattr("rs_tools.artifacts._WAITING_BYTES", waiting)
     values = random_mask(1300, 700)
     artifact = mask_of(store, values, rows, crs_wkt=UTM33, transform=GRID)
     assert artifact.mime_type == "application/x-geotiff"
