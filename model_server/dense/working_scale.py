@@ -63,16 +63,16 @@ BOXES: dict[str, Rule] = {
 }
 MASKS: dict[str, Rule] = {
     "ship": Rule(working=(2.0,), unknown=(0.4,)),
-    "ship sar": Rule(working=(1.0,), unknown=(1.0,)),
+    "ship sar": Rule(working=(1.0,), unknown=(1.0, 1.4)),
     "car": Rule(working=(0.2,), unknown=(1.0,)),
     "building": Rule(working=(0.2,), unknown=(1.0,)),
     "tree": Rule(working=(0.1,), unknown=(1.0,)),
-    "road": Rule(working=(0.5,), unknown=(0.75, 1.4), low=0.4),
+    "road": Rule(working=(0.5,), unknown=(0.5, 1.4), low=0.4),
     "water": Rule(unknown=(0.5, 1.0)),
     "water sar": _SEA_RADAR,
     "land sar": _SEA_RADAR,
-    "oil spill": _SEA_RADAR,
-    "look-alike": _SEA_RADAR,
+    "oil spill": Rule(unknown=(0.35, 1.0)),
+    "look-alike": Rule(unknown=(0.7,)),
     "forest": Rule(unknown=(1.5,)),
 }
 # Change: what the imagery is called, the ground sampling distance below which it is that, and its rule.
