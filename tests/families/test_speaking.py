@@ -14,7 +14,7 @@ from model_server.families import rsunivlm
 from model_server.families.asking import Ask
 from model_server.families.llava_speaker import LlavaSpeaker
 from model_server.families.pictures import Processing, clip_processing, native_size
-from model_server.families.seen import SeenPictures
+from model_server.families.seen import SeenPictures, Shown
 from model_server.families.speaking import greedy, weigh
 from model_server.families.words import NoTokenizer, Words
 
@@ -113,13 +113,13 @@ def test_qwen_vl_looks_at_the_sizes_that_its_authors_choose() -> None:
 def test_a_picture_is_encoded_once_and_the_one_used_longest_ago_is_forgotten_first() -> None:
     made: list[int] = []
 
-    def encode(pictures: Sequence[np.ndarray]) -> list[int]:
-        made.extend(int(picture[0]) for picture in pictures)
-        return [int(picture[0]) for picture in pictures]
+    def encode(pictures: Sequence[Shown]) -> list[int]:
+        made.extend(int(picture[0]) for picture, in pictures)
+        return [int(picture[0]) for picture, in pictures]
 
     seen: SeenPictures[int] = SeenPictures(lambda _: 10, limit=20)
-    a, b, c = (np.array([n]) for n in range(3))
-    assert seen.of([a, b, a.copy()], encode, 8) == [0, 1, 0]
+    a, b, c = ((np.array([n]),) for n in range(3))
+    assert seen.of([a, b, (a[0].copy(),)], encode, 8) == [0, 1, 0]
     assert seen.of([a, c], encode, 8) == [0, 2]  # b goes
     assert seen.of([a, c, b], encode, 1) == [0, 2, 1]
     assert made == [0, 1, 2, 1]
