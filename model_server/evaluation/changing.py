@@ -14,7 +14,7 @@ from model_server.evaluation.dense_metrics import MaskTally
 from model_server.evaluation.labelled import load_mask
 from model_server.evaluation.looking import changed
 from model_server.evaluation.results import Results, Row
-from model_server.training.dense_data import relit
+from model_server.training.dense_windows import relit
 from model_server.training.records import load_image
 
 MEASURES = ("f1", "iou", "precision", "recall")

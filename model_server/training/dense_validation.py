@@ -23,7 +23,8 @@ from model_server.protocol import Modality, TileChange, TileMasks, TileObjects
 from model_server.query import Query
 from model_server.text.concepts import CONCEPTS
 from model_server.training.concepts import boxed, masked
-from model_server.training.dense_data import Scene, relit
+from model_server.training.dense_data import Scene
+from model_server.training.dense_windows import relit
 from model_server.training.export import fit_logistic
 from model_server.training.records import Record
 

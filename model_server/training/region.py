@@ -36,7 +36,8 @@ from model_server.text.concepts import CONCEPTS, DISTRACTORS, every_phrase
 from model_server.training import processes
 from model_server.training.concepts import DISTRACTOR_SETS, absent, boxed
 from model_server.training.dense import trapezoid
-from model_server.training.dense_data import BOX_SETS, THINGS, Scene, Window, degraded, read_scenes, relit
+from model_server.training.dense_data import BOX_SETS, THINGS, Scene, read_scenes
+from model_server.training.dense_windows import Window, degraded, relit
 from model_server.training.language import encode_questions
 from model_server.training.packing import IGNORE, Packed, pack, packed_hidden
 from model_server.training.place import Device, half, here, on

@@ -28,13 +28,11 @@ from model_server.training.dense_data import (
     Scene,
     Share,
     Views,
-    Window,
-    middles,
     read_scenes,
-    relit,
 )
 from model_server.training.dense_losses import LEAST_CELLS, LEAST_SHARE, box_losses, box_maps, mask_losses
 from model_server.training.dense_validation import figures, fit_calibration, gather
+from model_server.training.dense_windows import Window, middles, relit
 from model_server.training.records import Record
 
 SIDE = 64
