@@ -45,7 +45,7 @@ def train(
     limit: Annotated[int | None, typer.Option(help="use about this many images of each split")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's choice")] = None,
     device: Annotated[
-        Device, typer.Option(help="of the stages vision to answers; auto: a GPU where there is one")
+        Device, typer.Option(help="of all stages but export; auto: a GPU where there is one")
     ] = Device.AUTO,
 ) -> None:
     """Train the model on a directory of labelled sets. The weights end in RUN/weights.
@@ -64,7 +64,8 @@ def train(
                     with on(device):
                         words(name, shared)
                 case Stage.DENSE:
-                    DenseTrainer(DenseRun(**shared)).fit()
+                    with on(device):
+                        DenseTrainer(DenseRun(**shared)).fit()
                 case Stage.EXPORT:
                     trainer = LanguageTrainer(LanguageRun(**shared))  # by all: they wait there for each other
                     if processes.is_main():

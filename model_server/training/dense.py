@@ -26,10 +26,11 @@ from model_server.model.dense import DenseBranch, Found, Maps, early_maps, start
 from model_server.model.vision import Backbone
 from model_server.text.concepts import every_phrase
 from model_server.training import processes
-from model_server.training.dense_data import BOX_SETS, CHANGE_SETS, MASK_SETS, PhraseBank, Views, read_scenes
+from model_server.training.dense_data import BOX_SETS, CHANGE_SETS, MASK_SETS, PhraseBank, Scene, Views, read_scenes
 from model_server.training.dense_losses import box_losses, change_losses, mask_losses
-from model_server.training.dense_validation import SETS, figures, fit_calibration, gather
+from model_server.training.dense_validation import SETS, Gathered, figures, fit_calibration, gather
 from model_server.training.language import trained_vision
+from model_server.training.place import half, here, in_memory, put
 from model_server.training.sentences import sentence_vectors
 from model_server.training.start import sentence_parts
 
@@ -71,7 +72,7 @@ def keep_float32(branch: DenseBranch) -> None:
         plain = conv.forward
 
         def forward(x: Tensor) -> Tensor:
-            with torch.autocast("cpu", enabled=False):
+            with half(False):
                 return plain(x.float())
 
         conv.forward = forward
@@ -103,7 +104,8 @@ class DenseTrainer:
             keep_float32(self.branch)
         encoder, tokenizer = sentence_parts(self.config)
         phrases = every_phrase() + every_phrase(held_out=True)
-        self.vectors = dict(zip(phrases, sentence_vectors(encoder, tokenizer, phrases), strict=True))
+        self.device = here()
+        self.vectors = dict(zip(phrases, sentence_vectors(encoder, tokenizer, phrases).cpu(), strict=True))
         blocks = [p for n, p in self.branch.named_parameters() if n.startswith("blocks.")]
         heads = [p for n, p in self.branch.named_parameters() if not n.startswith("blocks.")]
         self.optimiser = torch.optim.AdamW(
@@ -116,7 +118,7 @@ class DenseTrainer:
             self.resume()
 
     def resume(self) -> None:
-        state = torch.load(self.checkpoint, weights_only=True)
+        state = torch.load(self.checkpoint, weights_only=True, map_location=here())
         self.branch.load_state_dict(state["branch"])
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -144,24 +146,30 @@ class DenseTrainer:
         batch, side = BATCHES[task]
         batch, side = run.batch or batch, run.side or side
         if task == "boxes":
-            b = views.boxes(rng, batch, side)
+            with in_memory():
+                b = views.boxes(rng, batch, side)
+            b = put(b)
             mine = processes.share(batch)
             early = self.early(b.images[mine])
-            with torch.autocast("cpu", torch.bfloat16, enabled=run.bf16):
+            with half(run.bf16):
                 found = branch.detect(branch.features(branch.maps(early)), b.phrases[mine])
             return box_losses(Found(*map(processes.whole, vars(found).values())), b)
         if task == "masks":
-            m = views.masks(rng, batch, side)
+            with in_memory():
+                m = views.masks(rng, batch, side)
+            m = put(m)
             mine = processes.share(batch)
             early = self.early(m.images[mine])
-            with torch.autocast("cpu", torch.bfloat16, enabled=run.bf16):
+            with half(run.bf16):
                 logits = branch.segment(branch.features(branch.maps(early)), m.phrases[mine])
             return mask_losses(processes.whole(logits), m)
-        c = views.changes(rng, batch, side)
+        with in_memory():
+            c = views.changes(rng, batch, side)
+        c = put(c)
         mine = processes.share(batch)
         before = c.before[mine]
         early = self.early(torch.cat((before, c.after[mine])))
-        with torch.autocast("cpu", torch.bfloat16, enabled=run.bf16):
+        with half(run.bf16):
             maps, n = branch.maps(early), len(before)
             logits = branch.change({s: x[:n] for s, x in maps.items()}, {s: x[n:] for s, x in maps.items()})
         return change_losses(processes.whole(logits), c)
@@ -190,16 +198,19 @@ class DenseTrainer:
         """The averaged branch as it is served, its scores raw."""
 
         def embed(phrases: Sequence[str]) -> Tensor:
-            return torch.stack([self.vectors[phrase] for phrase in phrases])
+            return torch.stack([self.vectors[phrase] for phrase in phrases]).to(self.device)
 
-        return DensePerceiver(
-            copy.deepcopy(self.backbone).float(), self.average, DenseCalibration(), embed, torch.device("cpu")
-        )
+        backbone = copy.deepcopy(self.backbone).float()
+        return DensePerceiver(backbone, self.average, DenseCalibration(), embed, self.device)
+
+    def gathered(self, val: Sequence[Scene]) -> Gathered:
+        with in_memory():
+            return gather(self.perceiver(), val)
 
     def export(self, folder: Path) -> DenseCalibration:
         """Put the averaged branch into a checkpoint, with thresholds from the validation records."""
         val = read_scenes(self.run.data, SETS, "val", self.run.limit)
-        calibration = fit_calibration(gather(self.perceiver(), val))
+        calibration = fit_calibration(self.gathered(val))
         save_dense(folder, self.average, calibration)
         return calibration
 
@@ -228,7 +239,7 @@ class DenseTrainer:
                     self.save()
                     saved = now
                 if done or now - validated > 60 * run.validate_minutes:
-                    line = json.dumps({"step": self.step, "val": figures(gather(self.perceiver(), val))})
+                    line = json.dumps({"step": self.step, "val": figures(self.gathered(val))})
                     print(line, file=log, flush=True)
                     print(line, flush=True)
                     validated = time.monotonic()

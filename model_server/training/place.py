@@ -9,11 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from enum import StrEnum
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+_Batch = TypeVar("_Batch")
 
 
 class Device(StrEnum):
@@ -62,3 +66,17 @@ def tensor(array: np.ndarray) -> Tensor:
 def half(enabled: bool) -> torch.autocast:
     """bfloat16 where it is safe, here."""
     return torch.autocast(here().type, torch.bfloat16, enabled=enabled)
+
+
+def in_memory() -> torch.device:
+    """As a context: what pictures are drawn and validation is done in, whatever the chosen device."""
+    return torch.device("cpu")
+
+
+def put(batch: _Batch) -> _Batch:
+    """A batch, a dataclass of tensors and lists of tensors, here."""
+
+    def moved(value: Any) -> Any:
+        return [each.to(here()) for each in value] if isinstance(value, list) else value.to(here())
+
+    return replace(batch, **{f.name: moved(getattr(batch, f.name)) for f in fields(batch)})  # pyright: ignore[reportArgumentType] (a dataclass)

@@ -15,7 +15,7 @@ import torch
 from model_server.training import place
 from model_server.training.place import Device, chosen, half, here, on, tensor
 
-STAGES = ("vision", "language", "polish", "answers", "region", "mechanisms")
+STAGES = ("vision", "language", "polish", "answers", "region", "mechanisms", "dense")
 
 
 def test_auto_is_the_cpu_where_torch_sees_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
