@@ -25,6 +25,7 @@ import uvicorn
 
 from model_server.engine import Engine
 from model_server.http.api import Activity, create_app
+from model_server.precision import Precision
 
 if TYPE_CHECKING:
     from model_server.resident import Resident
@@ -122,7 +123,7 @@ def _keep_freed_memory() -> None:
     mallopt(m_arena_max, 1)
 
 
-def _loader(weights: str | None, device: str, threads: int) -> Callable[[], Resident]:
+def _loader(weights: str | None, device: str, precision: str, threads: int) -> Callable[[], Resident]:
     def load() -> Resident:
         # Threads that wait for each other sleep rather than spin: as fast on a quiet machine, and several times as
         # fast on a busy one, where a spinning thread takes the core from the one it waits for. Read when torch loads.
@@ -134,7 +135,7 @@ def _loader(weights: str | None, device: str, threads: int) -> Callable[[], Resi
         if threads:
             torch.set_num_threads(threads)
         place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        perceiver = open_weights(weights, place)
+        perceiver = open_weights(weights, place, precision)
         perceiver.warm_up()
         return perceiver
 
@@ -162,6 +163,9 @@ def command(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto = the GPU where there is one.")] = "auto",
+    precision: Annotated[
+        Precision, typer.Option(help="Of the network; auto = bfloat16 on a GPU that computes in it, else float32.")
+    ] = Precision.AUTO,
     token_file: Annotated[
         str | None, typer.Option(help="File with the bearer token that callers must send; - = first line of stdin.")
     ] = None,
@@ -194,7 +198,7 @@ def command(
     url = f"http://[{name}]:{bound}" if ":" in name else f"http://{name}:{bound}"
     print(json.dumps({"url": url, "pid": os.getpid()}), flush=True)
     logger.info("listening url=%s", url)
-    sys.exit(asyncio.run(serve(_loader(weights, device, threads), sock, token=token, idle_exit_s=idle_exit)))
+    sys.exit(asyncio.run(serve(_loader(weights, device, precision, threads), sock, token=token, idle_exit_s=idle_exit)))
 
 
 def main() -> None:

@@ -7,23 +7,25 @@ from pathlib import Path
 from model_server.checkpoints.hub import locate
 from model_server.checkpoints.published import read_json
 from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver
+from model_server.precision import Precision
 from model_server.resident import Resident
 
 
-def open_weights(weights: str | None, device: str) -> Resident:
+def open_weights(weights: str | None, device: str, precision: str = Precision.AUTO) -> Resident:
     """Load them; None = the embedded model.
 
     Raises:
         WeightsError: there are none of that name, they cannot be fetched, or they are no checkpoint that can be loaded.
+        UnknownPrecision: `precision` is none of `Precision`.
     """
     if weights is None:
-        return Perceiver.load(DEFAULT_WEIGHTS, device)
+        return Perceiver.load(DEFAULT_WEIGHTS, device, precision)
     found = locate(weights)
     if not is_published(found.folder):
-        return Perceiver.load(found.folder, device)
+        return Perceiver.load(found.folder, device, precision)
     from model_server.families.loading import load
 
-    return load(found.folder, device, found.label)
+    return load(found.folder, device, found.label, precision)
 
 
 def is_published(folder: Path) -> bool:

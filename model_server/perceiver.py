@@ -23,12 +23,15 @@ from model_server.batching.memory_plan import MemoryPlan, free_memory
 from model_server.checkpoints.store import WeightsError, load_checkpoint
 from model_server.dense.perceiver import DensePerceiver
 from model_server.model.attention import Backend
+from model_server.model.dense import DenseBranch
 from model_server.model.experts import ROUTES, route
 from model_server.model.generate import Hypothesis
+from model_server.model.half import halve, halve_dense
 from model_server.model.packed import can_pack, pack, pack_decoder, pack_projections
 from model_server.model.seen import Seen, prefixes, see
 from model_server.model.slots import Lane, Prefix, prefill
 from model_server.model.vision import square
+from model_server.precision import Precision, serving_dtype
 from model_server.protocol import (
     UNUSED_ANCHORS,
     ModelInfo,
@@ -99,17 +102,22 @@ class Perceiver:
 
     places = PLACES
 
-    def __init__(self, weights: Path, device: str = "cpu") -> None:
+    def __init__(self, weights: Path, device: str = "cpu", precision: str = Precision.AUTO) -> None:
+        self.device = torch.device(device)
+        dtype = serving_dtype(precision, self.device)
         loaded = load_checkpoint(weights, device)
+        if dtype == torch.bfloat16:
+            halve(loaded.model)
+            if loaded.dense is not None:
+                halve_dense(loaded.dense)
         self.model, self.config = loaded.model, loaded.model.config
         self.tokenizer, self.sentence_tokenizer = loaded.tokenizer, loaded.sentence_tokenizer
         self.calibration = loaded.calibration
-        self.device = torch.device(device)
-        self.plan = self._plan(weights)
+        self.plan = self._plan(loaded.dense)
         self.cache: ByteCache[Any] = ByteCache(self.plan.cache)  # `Seen` of words, features of looks
         self.sentences = Sentences(self.model, self.sentence_tokenizer)
         self.dense: DensePerceiver | None = None
-        if can_pack(self.device):
+        if can_pack(self.device, dtype):
             pack(self.model.backbone.blocks)
             pack_decoder(self.model.decoder)
             pack_projections(self.model.sentence)
@@ -125,7 +133,7 @@ class Perceiver:
             model=self.config.name,
             weights_digest=loaded.digest,
             attention_backend=Backend.SDPA,
-            precision="float32",
+            precision=str(dtype).removeprefix("torch."),
             device=device,
         )
         self.labels = SceneLabels(self.model, self.sentences)
@@ -157,18 +165,19 @@ class Perceiver:
         )  # fmt: skip
         return {"caption": caption, "vqa": vqa}
 
-    def _plan(self, weights: Path) -> MemoryPlan:
-        held = sum(file.stat().st_size for file in weights.glob("*.safetensors"))
+    def _plan(self, dense: DenseBranch | None) -> MemoryPlan:
+        parts = [self.model] if dense is None else [self.model, dense]
+        held = sum(weight.nbytes for part in parts for weight in part.parameters())
         sequence = sum(
             PARTS[task] * Lane.nbytes(self.model, s["views"], s["prompt"], s["beams"], s["steps"])
             for task, s in self._lane_shapes.items()
         )
-        return MemoryPlan.of(free_memory(), 2 * held, sequence, len(PRIORITIES))  # half precision on disk
+        return MemoryPlan.of(free_memory(), held, sequence, len(PRIORITIES))
 
     @classmethod
-    def load(cls, weights: Path = DEFAULT_WEIGHTS, device: str = "cpu") -> Perceiver:
-        """Raises WeightsError where the folder is not a checkpoint."""
-        return cls(Path(weights), device)
+    def load(cls, weights: Path = DEFAULT_WEIGHTS, device: str = "cpu", precision: str = Precision.AUTO) -> Perceiver:
+        """Raises WeightsError where the folder is not a checkpoint, UnknownPrecision where `precision` is none."""
+        return cls(Path(weights), device, precision)
 
     def warm_up(self) -> None:
         """Answer one query of each task, so that the first caller does not pay for lazy initialisation."""

@@ -13,23 +13,27 @@ from model_server.families.asking import Opened
 from model_server.families.perceiver import PublishedPerceiver
 from model_server.model.attention import Backend
 from model_server.model.config import ModelConfig
+from model_server.precision import Precision, serving_dtype
 from model_server.protocol import ModelInfo
 
 EMBEDDED = Path(__file__).parents[1] / "weights" / "nano" / "config.json"
 _HASHED = ("*.json", "*.safetensors", "*.bin", "*.pt")
 
 
-def load(folder: Path, device: str = "cpu", label: str | None = None) -> PublishedPerceiver:
+def load(
+    folder: Path, device: str = "cpu", label: str | None = None, precision: str = Precision.AUTO
+) -> PublishedPerceiver:
     """Load network, tokenizer and image processing of a published checkpoint, or of `checkpoint/` in its folder.
 
     label: what to call it in provenance; the folder's name where not given.
 
     Raises:
         WeightsError: no family knows the folder, or a part of it is missing, does not fit or cannot be computed.
+        UnknownPrecision: `precision` is none of `Precision`.
     """
     folder = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
     family = find_family(folder).NAME
-    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    dtype = serving_dtype(precision, torch.device(device))
     opened: Opened = importlib.import_module(f"model_server.families.{family}").open_checkpoint(folder, device, dtype)
     info = ModelInfo(
         model=f"{family}:{label or folder.resolve().name}",

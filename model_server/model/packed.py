@@ -15,19 +15,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model_server.model.decoder import Decoder
+from model_server.model.half import InFloat32
 from model_server.model.vision import ConvNorm, InvertedResidual
 
 _HINT = 64  # height and width that layouts are chosen for; other sizes work too
 _ROWS = 64  # as many rows that layouts of projections are chosen for
 
 
-def can_pack(device: torch.device) -> bool:
-    """Whether this build of PyTorch has the fused kernels, and for this device."""
+def can_pack(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether this build of PyTorch has the fused kernels, and for this device and precision."""
     return (
         device.type == "cpu"
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
 
 
@@ -80,7 +82,7 @@ class PackedResidual(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer of these weights [out, in], float32."""
+    """A linear layer of these weights [out, in], which takes inputs of their precision."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -95,6 +97,9 @@ class PackedLinear(nn.Module):
 def pack_decoder(decoder: Decoder) -> None:
     """Pack the projections of its blocks, and the one onto the vocabulary, in place."""
     pack_projections(decoder.blocks)
+    if isinstance(decoder.head, InFloat32):
+        pack_projections(decoder.head)
+        return
     head = PackedLinear(decoder.embed.weight if decoder.head is None else decoder.head.weight)
     decoder.head = cast("nn.Linear", head)  # which is only ever called
 

@@ -175,7 +175,7 @@ class RSVLM(nn.Module):
     def fuse(self, maps: dict[int, Tensor], pooled: Tensor, anchors: Anchors | None = None) -> Features:
         """Backbone maps and pooled vectors to the visual tokens. The heads' findings enter without gradient."""
         dtype = self.queries.dtype
-        pooled = pooled.to(dtype)
+        pooled = pooled.to(self.heads.image.weight.dtype)  # which may be finer than the rest of the network
         windows = self.cut({s: maps[s].to(dtype) for s in self.config.fusion.strides})
         x = self.queries.expand(pooled.shape[0], -1, -1)
         if self.from_last is not None:
@@ -189,8 +189,9 @@ class RSVLM(nn.Module):
             labels = self.heads.labels(pooled).softmax(-1) if self.config.labels else pooled.new_zeros(len(pooled), 1)
             objects = self.heads.objects(pooled).sigmoid() if self.config.objects else pooled.new_zeros(len(pooled), 1)
             concepts = self.heads.concepts(pooled).sigmoid().sqrt()
-        found = (self.image_token(pooled), self.label_token(labels), self.object_token(objects))
-        heads = torch.stack((*found, self.concept_token(concepts)), 1)  # [B, 4, D]
+        tokens = (self.image_token, self.label_token, self.object_token, self.concept_token)
+        found = (pooled, labels, objects, concepts)
+        heads = torch.stack([token(what.to(dtype)) for token, what in zip(tokens, found, strict=True)], 1)  # [B, 4, D]
         return Features(self.visual_norm(torch.cat((x, heads), 1)), windows, pooled)
 
     def grid_of_last(self, x: Tensor) -> Tensor:
@@ -240,7 +241,8 @@ class RSVLM(nn.Module):
         parts = [features.visual]
         visible = [torch.ones(b, p, dtype=torch.bool, device=tasks.device)]
         if questions is not None:
-            parts += [self.question_vector(questions.vectors)[:, None], self.question_states(questions.states)]
+            states, vectors = questions.states.to(self.queries.dtype), questions.vectors.to(self.queries.dtype)
+            parts += [self.question_vector(vectors)[:, None], self.question_states(states)]
             visible += [questions.mask.any(1, keepdim=True), questions.mask]
         parts.append(self.decoder.embed(tasks)[:, None])
         visible.append(torch.ones(b, 1, dtype=torch.bool, device=tasks.device))

@@ -90,8 +90,8 @@ def prefill(model: RSVLM, prefix: Prefix, task: int, questions: Questions | None
     parts = [model.decoder.embed(torch.full((b, 1), task, device=device))]
     real = [torch.ones(b, 1, dtype=torch.bool, device=device)]
     if questions is not None:
-        asked = [model.question_vector(questions.vectors)[:, None], model.question_states(questions.states)]
-        parts = asked + parts
+        states, vectors = questions.states.to(prefix.keys.dtype), questions.vectors.to(prefix.keys.dtype)
+        parts = [model.question_vector(vectors)[:, None], model.question_states(states), *parts]
         real = [questions.mask.any(1, keepdim=True), questions.mask, *real]
     x, seen = torch.cat(parts, 1), torch.cat(real, 1)
     t = x.shape[1]

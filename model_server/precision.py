@@ -1,0 +1,39 @@
+"""In which precision a model's network is kept and computes. Imports no torch: the command line offers the choices."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Precision(StrEnum):
+    AUTO = "auto"  # bfloat16 on a GPU that computes in it, else float32
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class UnknownPrecision(ValueError):
+    """A precision that no model is served in."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"no precision {name!r}; a model is served in one of {', '.join(Precision)}; try 'auto'")
+
+
+def serving_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What weights and activations are kept in on a device.
+
+    Raises:
+        UnknownPrecision: the name is none of `Precision`.
+    """
+    import torch
+
+    if precision not in list(Precision):
+        raise UnknownPrecision(precision)
+    half = precision == Precision.BFLOAT16
+    if precision == Precision.AUTO and device.type == "cuda":
+        with torch.cuda.device(device):
+            half = torch.cuda.is_bf16_supported(including_emulation=False)  # emulated it is slower than float32
+    return torch.bfloat16 if half else torch.float32
