@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -29,15 +28,6 @@ def rs_tools(*arguments: str | Path, state: Path | None = None) -> subprocess.Co
         environment["RS_PERCEPTION_STATE"] = str(state)
     command = [sys.executable, "-m", "rs_tools.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-
-
-@pytest.fixture(scope="module")
-def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A state folder of these tests' own, so that they neither find nor leave a model server of the user."""
-    folder = tmp_path_factory.mktemp("state")
-    yield folder
-    for file in folder.glob("server-*.json"):
-        os.kill(json.loads(file.read_text())["pid"], 15)
 
 
 def test_inspect_prints_the_facts_for_people() -> None:
