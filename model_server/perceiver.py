@@ -132,7 +132,8 @@ class Perceiver:
         self.info = ModelInfo(
             model=self.config.name,
             weights_digest=loaded.digest,
-            attention_backend=Backend.SDPA,
+            # In bfloat16 a GPU may have a flash package, and then its choice depends on the call.
+            attention_backend=Backend.AUTO if self.device.type == "cuda" and dtype == torch.bfloat16 else Backend.SDPA,
             precision=str(dtype).removeprefix("torch."),
             device=device,
         )

@@ -34,6 +34,5 @@ def serving_dtype(precision: str, device: torch.device) -> torch.dtype:
         raise UnknownPrecision(precision)
     half = precision == Precision.BFLOAT16
     if precision == Precision.AUTO and device.type == "cuda":
-        with torch.cuda.device(device):
-            half = torch.cuda.is_bf16_supported(including_emulation=False)  # emulated it is slower than float32
+        half = torch.cuda.get_device_capability(device) >= (8, 0)  # older ones emulate it, slower than float32
     return torch.bfloat16 if half else torch.float32
