@@ -37,8 +37,8 @@ def take_inventory(image: Path) -> None:
         raise SystemExit("Without a place on Earth there are no metres and no hectares.")
     ground_m2 = facts.width * facts.height * facts.gsd_m**2  # with the pixel at its centre; nodata counts too
 
-    found = scene.ground("tree")
-    for warning in found.warnings:
+    found, mask = scene.ground("tree"), scene.segment(["forest"])
+    for warning in dict.fromkeys([*found.warnings, *mask.warnings]):
         print(f"Warning: {warning}")
     if not found.count:
         print("No tree was found, which does not say that there is none.")
@@ -56,12 +56,12 @@ def take_inventory(image: Path) -> None:
         print(f" >= {least:.1f}  {len(kept):6} {len(kept) / ground_m2 * 1e4:8.1f} {crown:>14}")
     print(f"\nCrowns, the mean side of a box: {trees.crown_m.min():.1f} to {trees.crown_m.max():.1f} m across.")
 
-    forest = scene.segment(["forest"]).classes[0]
+    wooded = (mask.classes[0].area_m2 or 0.0) / ground_m2
     boxed = square_metres(trees.union_all()) / ground_m2
     print(f"""
 What the model does not know
 - Which boxes are right. A score is the chance of that; together they promise {trees.score.sum():.1f} of {len(trees)}.
-- What it missed: no score tells. Another look, at pixels, sees forest on {forest.share:.0%} of the ground; the boxes
+- What it missed: no score tells. Another look, at pixels, sees forest on {wooded:.0%} of the ground; the boxes
   cover {boxed:.0%}. Where the first is much more, expect trees without a box, or crowns larger than theirs.
 - Crowns that touch, species, height and trunks. A box holds a crown and what lies in its corners.
 

@@ -37,7 +37,7 @@ def look_at(image: Path) -> dict[str, Any]:
     row = {"width": facts.width, "height": facts.height, "gsd_m": facts.gsd_m, "modality": facts.modality}
     row |= {"class": scenery.label, "class_score": round(scenery.score, 2)}
     row |= {"caption": caption.caption, "caption_confidence": round(caption.confidence, 2)}
-    doubts = [f"class {scenery.label} has only {scenery.score:.2f}"] if scenery.score < SURE else []
+    doubts = [f"class {scenery.label or '(none)'} has only {scenery.score:.2f}"] if scenery.score < SURE else []
     doubts += [f"caption has only {caption.confidence:.2f}"] if caption.confidence < SURE else []
     for thing, said in answers.items():
         row |= {thing: "unsure" if said.abstained else said.answer, f"{thing}_confidence": round(said.confidence, 2)}
