@@ -62,6 +62,14 @@ def test_models_describes_the_loaded_weights(server: ServerProcess) -> None:
     assert model["taxonomy"]
 
 
+def test_a_server_in_half_precision_says_so(debug_weights: Path, tmp_path: Path) -> None:
+    with server_process(tmp_path / "log", "--weights", str(debug_weights), "--precision", "bfloat16") as server:
+        server.wait_until_ready()
+        (model,) = httpx.get(f"{server.url}/v1/models", timeout=300).json()["data"]
+        answered = post(server, REQUESTS[0], picture(1))
+    assert model["precision"] == answered.model.precision == "bfloat16"
+
+
 async def test_a_model_with_a_dense_branch_answers_boxes_masks_and_change(dense_weights: Path, tmp_path: Path) -> None:
     small, large = picture(1), picture(2, side=90)
     with server_process(tmp_path / "log", "--weights", str(dense_weights)) as server:
