@@ -16,6 +16,10 @@ if TYPE_CHECKING:  # as `rs_tools` itself: cheap to import
     Placed = GroundResult | SegmentResult | DetectChangeResult
 
 
+OBJECT_COLUMNS = ("label", "score", "bbox_px")  # of a frame of boxes
+AREA_COLUMNS = ("label", "value", "pixels", "area_m2", "score")  # of outlines of classes or of change
+
+
 def to_dict(result: Result) -> dict[str, Any]:
     """An answer as plain dictionaries, lists, strings and numbers, fit for JSON."""
     return result.model_dump(mode="json")
@@ -42,6 +46,8 @@ def to_geojson(result: Placed) -> dict[str, Any]:
 def to_geodataframe(result: Placed) -> geopandas.GeoDataFrame:
     """The same as a GeoDataFrame with a row for each feature; in EPSG:4326, or without CRS where it is in pixels.
 
+    Its columns are there without rows, too. `attrs` holds the answer's `warnings` and `provenance`.
+
     Raises:
         ModuleNotFoundError: geopandas is not installed.
         ArtifactError: as of `to_geojson`.
@@ -53,8 +59,14 @@ def to_geodataframe(result: Placed) -> geopandas.GeoDataFrame:
             "a GeoDataFrame needs geopandas: pip install 'rs-perception[geo]'; to_geojson works without it",
             name=error.name,
         ) from error
+    from rs_tools.results import GroundResult
+
     collection = to_geojson(result)
     crs = None if "coordinate_space" in collection or not result.georeferenced else "EPSG:4326"
-    if not collection["features"]:
-        return geopandas.GeoDataFrame(geometry=[], crs=crs)
-    return geopandas.GeoDataFrame.from_features(collection["features"], crs=crs)
+    if collection["features"]:
+        frame = geopandas.GeoDataFrame.from_features(collection["features"], crs=crs)
+    else:
+        columns = OBJECT_COLUMNS if isinstance(result, GroundResult) else AREA_COLUMNS
+        frame = geopandas.GeoDataFrame({name: [] for name in columns}, geometry=[], crs=crs)
+    frame.attrs |= {"warnings": result.warnings, "provenance": result.provenance.model_dump(mode="json")}
+    return frame

@@ -96,7 +96,23 @@ def test_answers_become_dictionaries_geojson_and_geodataframes(bay: Path, server
     # 10 x 5 pixels of 10 m, measured where they lie
     assert table.to_crs("EPSG:32633").area.iloc[0] == pytest.approx(5_000, rel=1e-3)
     assert set(rs_tools.to_geodataframe(scene.segment(["water"]))["label"]) == {"water"}
-    assert len(rs_tools.to_geodataframe(scene.detect_change(bay))) == 0
+    same = rs_tools.to_geodataframe(scene.detect_change(bay))
+    assert len(same) == 0
+    assert same.area_m2.sum() == 0  # what a script asks of a frame with rows it may ask of one without
+
+
+def test_a_frame_has_the_columns_of_its_answer_and_its_warnings_with_rows_or_without(bay: Path, server: str) -> None:
+    scene = rs_tools.open(bay, server=server, artifacts=bay.parent / "files")
+    for some, none in (
+        (scene.ground("ship"), scene.ground("ship", min_score=1.0)),
+        (scene.segment(["water"]), scene.detect_change(bay)),
+    ):
+        full, empty = rs_tools.to_geodataframe(some), rs_tools.to_geodataframe(none)
+        assert len(full) > len(empty) == 0
+        assert list(empty.columns) == list(full[empty.columns].columns)
+        assert set(full.columns) == set(empty.columns)
+        assert empty.attrs["warnings"] == none.warnings
+        assert full.attrs["provenance"]["weights_digest"] == some.provenance.weights_digest
 
 
 def test_every_object_is_in_the_geojson_also_those_that_the_answer_does_not_list(tmp_path: Path, server: str) -> None:
