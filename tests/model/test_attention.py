@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import loaded
 
 from model_server.model.attention import KVCache, Runs, attend, attend_packed, attention_backend, rotary_table, rotate
 from model_server.model.backends import PACKAGES, Backend, Call, UnsupportedAttention, choose, refusal
@@ -202,13 +201,7 @@ def test_the_cache_returns_what_was_written_and_reorders_rows() -> None:
 
 def test_the_gpu_benchmark_runs_its_shapes_and_says_where_there_is_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     """The shapes by the fused kernel on a CPU, cut down; no time is taken here."""
-    path = Path(__file__).parents[2] / "benchmarks" / "gpu_attention.py"
-    spec = importlib.util.spec_from_file_location("gpu_attention", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_attention"] = module  # dataclasses look it up
-    spec.loader.exec_module(module)
+    module = loaded(Path(__file__).parents[2] / "benchmarks" / "gpu_attention.py")
     cpu = torch.device("cpu")
     for shape in module.SHAPES:
         small = dataclasses.replace(shape, batch=min(shape.batch, 1), tokens=min(shape.tokens, 9),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -18,6 +17,7 @@ import jsonschema
 import pytest
 from mcp import Client
 from mcp.client.stdio import StdioServerParameters
+from scripts import loaded
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -84,11 +84,7 @@ def test_the_bundles_manifest_fits_its_schema_and_this_project() -> None:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle, packed and unpacked without its tensors."""
-    spec = importlib.util.spec_from_file_location("pack", BUNDLE / "pack.py")
-    assert spec is not None
-    assert spec.loader is not None
-    packer = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(packer)
+    packer = loaded(BUNDLE / "pack.py")
     folder = tmp_path_factory.mktemp("bundle")
     packer.pack(folder / "it.mcpb")
     with zipfile.ZipFile(folder / "it.mcpb") as packed:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import loaded
 
 from model_server.model.config import debug
 from model_server.model.rsvlm import RSVLM
@@ -19,12 +18,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "static_generate.py"
 @pytest.mark.parametrize("places", [3, 8])
 def test_the_exported_llama_writes_the_tokens_of_the_lane_whoever_shares_its_steps(places: int) -> None:
     pytest.importorskip("transformers")
-    spec = importlib.util.spec_from_file_location("static_generate", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    bench = importlib.util.module_from_spec(spec)
-    sys.modules["static_generate"] = bench  # dataclasses look their module up
-    spec.loader.exec_module(bench)
+    bench = loaded(SCRIPT)
     torch.manual_seed(1)
     config = debug()
     model = RSVLM(replace(config, decoder=replace(config.decoder, tied=False))).eval()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from langchain_tests.unit_tests import ToolsUnitTests
 from planted import BLUE, RED, PlantedModel, painted
 from planted_server import planted_server
 from rasters import BUNDLED, REPOSITORY, UTM, write
+from scripts import loaded
 
 import mcp_server
 from rs_tools import results
@@ -254,12 +254,7 @@ except ModuleNotFoundError as error:
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("langchain_agent", REPOSITORY / "examples" / "langchain_agent.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded(REPOSITORY / "examples" / "langchain_agent.py")
 
 
 def test_the_example_agent_chains_from_what_it_found_to_a_closer_look(
