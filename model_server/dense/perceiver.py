@@ -220,13 +220,13 @@ class DensePerceiver:
             maps = self._maps(stacked(frames, images))
             for i, key in enumerate(missing):
                 known[key] = {s: m[i : i + 1] for s, m in maps.items()}
-                self._keep(key, {s: m.clone() for s, m in known[key].items()})
+                self._keep(key, known[key])
         return known
 
     def _keep(self, key: Hashable, maps: Maps) -> None:
         size = sum(m.nbytes for m in maps.values())
         if self.cache is not None and size <= KEPT_SHARE * self.cache.limit:
-            self.cache.put(key, maps, size)
+            self.cache.put(key, {s: m.clone() for s, m in maps.items()}, size)  # not the whole batch with them
 
     def _change_threshold(self, gsd_m: float | None) -> float:
         return _of(self.calibration.change, change_kind(gsd_m))

@@ -1,5 +1,7 @@
 """Ships where no box is labelled, of sensors and scales that no box of training had (protocol `elsewhere`).
 
+Of UC Merced training does use what its labels of whole images say of ships.
+
 UC Merced says of every image whether a ship is on it (0.3 m, harbours from the air); an OpenSARShip chip has one ship
 in its middle, of known length (Sentinel-1, 10 m).
 """
