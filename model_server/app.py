@@ -164,7 +164,11 @@ def command(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto = the GPU where there is one.")] = "auto",
     precision: Annotated[
-        Precision, typer.Option(help="Of the network; auto = bfloat16 on a GPU that computes in it, else float32.")
+        Precision,
+        typer.Option(
+            help="Of the network; auto = bfloat16 on a GPU that computes in it, else float32; int8 = bfloat16, with the "
+            "weights of the decoder's linear layers in eight bits."
+        ),
     ] = Precision.AUTO,
     token_file: Annotated[
         str | None, typer.Option(help="File with the bearer token that callers must send; - = first line of stdin.")

@@ -27,11 +27,12 @@ from model_server.model.dense import DenseBranch
 from model_server.model.experts import ROUTES, route
 from model_server.model.generate import Hypothesis
 from model_server.model.half import halve, halve_dense
+from model_server.model.int8 import quantise
 from model_server.model.packed import can_pack, pack, pack_decoder, pack_projections
 from model_server.model.seen import Seen, prefixes, see
 from model_server.model.slots import Lane, Prefix, prefill
 from model_server.model.vision import square
-from model_server.precision import Precision, serving_dtype
+from model_server.precision import Precision, computed_in, serving_dtype
 from model_server.protocol import (
     UNUSED_ANCHORS,
     ModelInfo,
@@ -110,6 +111,8 @@ class Perceiver:
             halve(loaded.model)
             if loaded.dense is not None:
                 halve_dense(loaded.dense)
+        if precision == Precision.INT8:
+            quantise(loaded.model)
         self.model, self.config = loaded.model, loaded.model.config
         self.tokenizer, self.sentence_tokenizer = loaded.tokenizer, loaded.sentence_tokenizer
         self.calibration = loaded.calibration
@@ -134,7 +137,7 @@ class Perceiver:
             weights_digest=loaded.digest,
             # In bfloat16 a GPU may have a flash package, and then its choice depends on the call.
             attention_backend=Backend.AUTO if self.device.type == "cuda" and dtype == torch.bfloat16 else Backend.SDPA,
-            precision=str(dtype).removeprefix("torch."),
+            precision=computed_in(precision, dtype),
             device=device,
         )
         self.labels = SceneLabels(self.model, self.sentences)

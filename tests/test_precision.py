@@ -1,4 +1,5 @@
-"""Serving in half precision: what it answers beside float32, what it keeps in memory, and what it says of itself."""
+"""Serving in half precision, and with weights in eight bits: what is answered beside float32, what is kept in memory,
+and what the server says of itself."""
 
 from __future__ import annotations
 
@@ -89,6 +90,26 @@ def exact() -> Perceiver:
     return Perceiver.load(DEFAULT_WEIGHTS, precision="float32")
 
 
+@pytest.fixture(scope="module")
+def small() -> Perceiver:
+    return Perceiver.load(DEFAULT_WEIGHTS, precision="int8")
+
+
+class TestEightBits:
+    def test_answers_in_words_are_those_of_float32(self, small: Perceiver, exact: Perceiver) -> None:
+        queries = of_all_tasks(scene("ordway_swisher_neon.tif"))[:4] + of_all_tasks(scene("yellowstone_road.jpg"))[1:4]
+        for answer, expected in zip(small.answer(queries), exact.answer(queries), strict=True):
+            assert_close(answer, expected, CONFIDENCE)
+
+    def test_weights_take_less_memory_than_in_half_precision_and_the_server_says_so(
+        self, small: Perceiver, half: Perceiver
+    ) -> None:
+        assert small.info.precision == "int8"
+        assert small.info.weights_digest == half.info.weights_digest
+        assert small.plan.slots == half.plan.slots
+        assert small.plan.weights < half.plan.weights - 3 * 2**20
+
+
 class TestShippedWeights:
     @pytest.mark.parametrize("name", ["ordway_swisher_neon.tif", "yellowstone_road.jpg"])
     def test_all_six_tasks_answer_as_in_float32(self, half: Perceiver, exact: Perceiver, name: str) -> None:
@@ -146,6 +167,14 @@ def test_a_published_model_is_served_in_half_precision_without_a_gpu(
     assert model.info.precision == "bfloat16"
 
 
+@pytest.mark.parametrize("family", ["rsunivlm", "mfrsvlm"])
+def test_a_published_decoder_is_served_with_weights_in_eight_bits(spoken: Callable[..., Path], family: str) -> None:
+    quick = {"max_position_embeddings": 256} if family == "rsunivlm" else {"deepstack_window_scales": [1.0]}
+    model = open_weights(str(spoken(family, **quick)), "cpu", "int8")
+    model.warm_up()
+    assert model.info.precision == "int8"
+
+
 def test_half_precision_is_packed_only_where_the_processor_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     assert not can_pack(torch.device("cpu"), torch.bfloat16)
@@ -166,8 +195,8 @@ def test_left_to_itself_a_gpu_computes_in_bfloat16_where_it_can(
 
 
 def test_an_unknown_precision_is_refused_with_those_there_are(debug_weights: Path) -> None:
-    with pytest.raises(UnknownPrecision, match="'int8'; a model is served in one of auto, float32, bfloat16"):
-        open_weights(str(debug_weights), "cpu", "int8")
+    with pytest.raises(UnknownPrecision, match="'int4'; a model is served in one of auto, float32, bfloat16, int8"):
+        open_weights(str(debug_weights), "cpu", "int4")
 
 
 def test_the_command_refuses_an_unknown_precision_before_it_listens() -> None:
@@ -177,7 +206,7 @@ def test_the_command_refuses_an_unknown_precision_before_it_listens() -> None:
 
     app = typer.Typer()
     app.command()(command)
-    told = CliRunner().invoke(app, ["--precision", "int8"])
+    told = CliRunner().invoke(app, ["--precision", "int4"])
     assert told.exit_code == 2
     assert "bfloat16" in told.output
     assert "url" not in told.output

@@ -74,6 +74,10 @@ class Speaker(Protocol):
         """Answer every message, in order; greedy decoding, as published."""
         ...
 
+    def quantise(self) -> None:
+        """Keep the weights of the decoder's linear layers in eight bits from now on."""
+        ...
+
 
 class Dialect(Protocol):
     """How a family is asked for each task, and what its words mean."""

@@ -35,6 +35,8 @@ def load(
     family = find_family(folder).NAME
     dtype = serving_dtype(precision, torch.device(device))
     opened: Opened = importlib.import_module(f"model_server.families.{family}").open_checkpoint(folder, device, dtype)
+    if precision == Precision.INT8:
+        opened.speaker.quantise()
     info = ModelInfo(
         model=f"{family}:{label or folder.resolve().name}",
         weights_digest=digest(*opened.folders),

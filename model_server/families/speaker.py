@@ -13,7 +13,9 @@ from model_server.families.asking import Ask, Said
 from model_server.families.speaking import Step, greedy, weigh
 from model_server.families.words import Words
 from model_server.model.decoder import Decoder
+from model_server.model.int8 import quantise_projections
 from model_server.model.rsvlm import DecodeState
+from model_server.precision import Precision
 
 
 class Batch(Protocol):
@@ -40,6 +42,12 @@ class BatchSpeaker(ABC, Generic[P]):
         weight = decoder.embed.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.precision = str(weight.dtype).removeprefix("torch.")
+        self._decoder = decoder
+
+    def quantise(self) -> None:
+        """Keep the weights of the decoder's linear layers in eight bits from now on."""
+        quantise_projections(self._decoder)
+        self.precision = Precision.INT8.value
 
     @abstractmethod
     def _prompt(self, asks: Sequence[Ask]) -> P:

@@ -111,6 +111,9 @@ class Parrot:
     def say(self, asks: Sequence[Ask]) -> list[Said]:
         return [Said(self.text, weights=tuple(1 / len(ask.options) for _ in ask.options)) for ask in asks]
 
+    def quantise(self) -> None:
+        """It has no weights."""
+
 
 def perceiver(text: str = "a town") -> PublishedPerceiver:
     info = ModelInfo(model="m", weights_digest="d", attention_backend="b", precision="p", device="cpu")
