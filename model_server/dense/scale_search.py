@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from model_server.model.dense import box_iou
+from model_server.model.dense import box_iou, box_overlaps, leaders
 
 NEARBY = 2.1  # looks within this factor of the surest one's scale vote
 AGREE_IOU = 0.5
@@ -59,32 +60,21 @@ def _fused(looks: Sequence[Sighting]) -> tuple[Tensor, Tensor]:
     if len(looks) == 1:
         return looks[0].boxes, looks[0].scores
     boxes, scores = torch.cat([s.boxes for s in looks]), torch.cat([s.scores for s in looks])
-    voter = torch.cat([torch.full((len(s.boxes),), i) for i, s in enumerate(looks)])
+    voter = torch.cat([torch.full((len(s.boxes),), i, device=boxes.device) for i, s in enumerate(looks)])
     order = scores.argsort(descending=True, stable=True)
-    boxes, scores, voter = boxes[order], scores[order], voter[order].tolist()
-    agree = box_iou(boxes, boxes) > AGREE_IOU
-    free = torch.ones(len(boxes), dtype=torch.bool)
-    means, votes = [], []
-    for i in range(len(boxes)):
-        if not free[i]:
-            continue
-        members = agree[i] & free
-        members[i] = True
-        free &= ~members
-        first = {voter[j]: j for j in reversed(members.nonzero()[:, 0].tolist())}  # the best of each look
-        rows = list(first.values())
-        weight = scores[rows]
-        means.append((boxes[rows] * weight[:, None]).sum(0) / weight.sum().clamp(min=1e-9))
-        votes.append(weight.sum() / len(looks))
-    if not means:
-        return boxes, scores
-    return torch.stack(means), torch.stack(votes)
+    boxes, scores, voter = boxes[order], scores[order], voter[order]
+    votes = leaders(boxes, AGREE_IOU) * len(looks) + voter
+    votes, first = np.unique(votes.cpu().numpy(), return_index=True)  # the best of each look on each thing
+    things, of = np.unique(votes // len(looks), return_inverse=True)
+    rows, of = torch.from_numpy(first).to(boxes.device), torch.from_numpy(of).to(boxes.device)
+    weight = scores[rows]
+    total = weight.new_zeros(len(things)).index_add(0, of, weight)
+    sums = boxes.new_zeros(len(things), 4).index_add(0, of, boxes[rows] * weight[:, None])
+    return sums / total.clamp(min=1e-9)[:, None], total / len(looks)
 
 
 def _covered(boxes: Tensor, by: Tensor) -> Tensor:
     """Which boxes of [N, 4] overlap one of [M, 4], by IoU or by the share of the smaller of the two -> bool [N]."""
-    low, high = torch.maximum(boxes[:, None, :2], by[None, :, :2]), torch.minimum(boxes[:, None, 2:], by[None, :, 2:])
-    shared = (high - low).clamp(min=0).prod(-1)
-    area, other = ((b[:, 2:] - b[:, :2]).prod(-1) for b in (boxes, by))
-    smaller = torch.minimum(area[:, None], other[None]).clamp(min=1e-6)
+    shared, area, other = box_overlaps(boxes, by)
+    smaller = torch.minimum(area, other).clamp(min=1e-6)
     return ((box_iou(boxes, by) > SAME_IOU) | (shared / smaller > COVERED_SHARE)).any(1)

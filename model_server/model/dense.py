@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -204,24 +205,41 @@ class Detections:
     scores: Tensor  # float [N], 0..1
 
 
+def box_overlaps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Area that each box of [N, 4] shares with each of [M, 4], [N, M]; areas [N, 1] and [M] of the boxes themselves."""
+    x1, y1, x2, y2 = a[:, :, None].unbind(1)  # [N, 1] each
+    u1, v1, u2, v2 = b.unbind(1)
+    width = torch.minimum(x2, u2).sub_(torch.maximum(x1, u1)).clamp_(min=0)
+    shared = torch.minimum(y2, v2).sub_(torch.maximum(y1, v1)).clamp_(min=0).mul_(width)
+    areas = (x2 - x1).clamp(min=0) * (y2 - y1).clamp(min=0), (u2 - u1).clamp(min=0) * (v2 - v1).clamp(min=0)
+    return shared, *areas
+
+
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
     """IoU of each box of [N, 4] with each of [M, 4] -> [N, M]."""
-    low, high = torch.maximum(a[:, None, :2], b[None, :, :2]), torch.minimum(a[:, None, 2:], b[None, :, 2:])
-    shared = (high - low).clamp(min=0).prod(-1)
-    areas = [(boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(-1) for boxes in (a, b)]
-    return shared / (areas[0][:, None] + areas[1][None] - shared).clamp(min=1e-6)
+    shared, area, other = box_overlaps(a, b)
+    return shared / (area + other - shared).clamp_(min=1e-6)
+
+
+def leaders(boxes: Tensor, overlap: float) -> Tensor:
+    """Greedy groups of boxes [N, 4] sorted best first: of each the row [N] of the best box that it belongs to, which it
+    overlaps by more than this IoU; a leader is its own."""
+    alike = (box_iou(boxes, boxes) > overlap).cpu().numpy()
+    np.fill_diagonal(alike, False)
+    found, free = np.arange(len(boxes)), np.ones(len(boxes), bool)
+    for i in np.flatnonzero(alike.any(1)):  # the others are alone; numpy, as each turn of the loop is little work
+        if free[i]:
+            followers = alike[i] & free
+            found[followers] = i
+            free ^= followers
+            free[i] = False
+    return torch.from_numpy(found).to(boxes.device)
 
 
 def suppress(boxes: Tensor, overlap: float) -> Tensor:
     """Greedy non-maximum suppression of boxes [N, 4] sorted best first: rows [M] of those that stay."""
-    iou = box_iou(boxes, boxes)
-    alive = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
-    kept = []
-    for i in range(len(boxes)):
-        if alive[i]:
-            kept.append(i)
-            alive &= iou[i] <= overlap
-    return torch.tensor(kept, dtype=torch.long, device=boxes.device)
+    rows = torch.arange(len(boxes), device=boxes.device)
+    return rows[leaders(boxes, overlap) == rows]
 
 
 def vote(boxes: Tensor, voters: Tensor, weights: Tensor, agree: float = 0.65) -> Tensor:

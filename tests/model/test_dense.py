@@ -13,8 +13,10 @@ from model_server.model.dense import (
     DenseBranch,
     Found,
     SizeError,
+    box_iou,
     cell_centres,
     early_maps,
+    leaders,
     objects_of,
     start_branch,
     suppress,
@@ -162,6 +164,23 @@ def test_nothing_there_is_no_object() -> None:
 def test_suppression_keeps_the_best_of_those_that_overlap() -> None:
     boxes = torch.tensor([[0, 0, 10, 10], [1, 0, 11, 10], [40, 40, 50, 50]]).float()
     assert suppress(boxes, 0.5).tolist() == [0, 2]
+
+
+def test_a_box_belongs_to_the_best_free_one_that_it_overlaps() -> None:
+    torch.manual_seed(0)
+    corner = torch.rand(200, 2) * 100
+    boxes = torch.cat((corner, corner + 5 + torch.rand(200, 2) * 30), 1)
+    boxes[7, 2:] = boxes[7, :2]  # of no area
+    expected = [-1] * 200
+    iou = box_iou(boxes, boxes)
+    for i in range(200):
+        if expected[i] < 0:
+            expected[i] = i
+            for j in range(i + 1, 200):
+                if expected[j] < 0 and iou[i, j] > 0.5:
+                    expected[j] = i
+    assert leaders(boxes, 0.5).tolist() == expected
+    assert 20 < len(set(expected)) < 180
 
 
 def test_votes_move_a_box_to_the_mean_of_those_that_agree() -> None:
