@@ -78,13 +78,18 @@ class Beams:
         return worst >= best_live / (self.written + 1) ** self.length_power
 
 
-def continuations(logits: Tensor, scores: Tensor, banned: Tensor, beams: int) -> list[list[Candidate]]:
-    """The best 2 * `beams` of each sequence, best first: logits [n, K, V] behind its K hypotheses, scores [n, K]."""
+def continuations(logits: Tensor, scores: Tensor, banned: Tensor, beams: int) -> Tensor:
+    """The best 2 * `beams` of each sequence, best first: logits [n, K, V] behind its K hypotheses, scores [n, K] ->
+    double [n, 2 beams, 3] on their device, of each what a `Candidate` holds."""
     v = logits.shape[-1]
     logp = logits.float().masked_fill(banned, -torch.inf).log_softmax(-1)
     best, flat = (scores[..., None] + logp).flatten(1).topk(2 * beams, -1)  # of [n, K * V]
-    told = torch.stack((best.double(), flat.double()), -1).tolist()  # in one: each transfer waits for the device
-    return [[(score, int(place) // v, int(place) % v) for score, place in row] for row in told]
+    return torch.stack((best.double(), (flat // v).double(), (flat % v).double()), -1)
+
+
+def candidates(found: Tensor) -> list[list[Candidate]]:
+    """Continuations of each sequence on the host, in one transfer, as each waits for the device."""
+    return [[(score, int(beam), int(token)) for score, beam, token in row] for row in found.tolist()]
 
 
 @torch.no_grad()
@@ -101,7 +106,7 @@ def beam_search(model: RSVLM, logits: Tensor, state: DecodeState, *, beams: int,
     logits = logits[:, None]
     while True:
         scores = torch.tensor([search.scores for search in live], device=device)
-        found = continuations(logits, scores, banned, beams)
+        found = candidates(continuations(logits, scores, banned, beams))
         going = [i for i, search in enumerate(live) if search.advance(found[i])]
         if not going:
             return [search.best() for search in searches]

@@ -49,7 +49,7 @@ class Int8Linear(nn.Module):
         """Q x for rows [R, in] -> [R, out]."""
         if self._has_kernel and rows.dtype == torch.bfloat16 and len(rows) <= FEW_ROWS:
             ones = torch.ones(len(self.weight), dtype=rows.dtype)  # it would want the scales in bfloat16
-            return torch._weight_int8pack_mm(rows.contiguous(), self.weight, ones)
+            return torch.ops.aten._weight_int8pack_mm(rows.contiguous(), self.weight, ones)
         tiles = self.weight.split(max(TILE // self.weight.shape[1], 1))
         return torch.cat([F.linear(rows, tile.to(rows.dtype)) for tile in tiles], -1)
 

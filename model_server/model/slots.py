@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from model_server.model.attention import KVCache
-from model_server.model.generate import Beams, Hypothesis, continuations
+from model_server.model.generate import Beams, Hypothesis, candidates, continuations
 from model_server.model.injection import StepDetails
 from model_server.model.rsvlm import RSVLM, Features, Questions
+from model_server.model.static_steps import StaticSteps
+from model_server.model.transfer import sent
 
 
 @dataclass(frozen=True)
@@ -154,10 +156,11 @@ class Lane:
         prompt: most tokens in front of an answer, visual ones included.
         beams, steps, end, length_power: of `Beams`.
         banned: bool [vocabulary], tokens that are never said.
+        static: whether steps have fixed shapes; None = on a GPU, where these become graphs.
     """
 
     def __init__(self, model: RSVLM, *, sequences: int, views: int, prompt: int, beams: int, steps: int, end: int,
-                 banned: Tensor, length_power: float) -> None:  # fmt: skip
+                 banned: Tensor, length_power: float, static: bool | None = None) -> None:  # fmt: skip
         self.model, self.views, self.sequences = model, views, sequences
         self._search = (beams, steps, end, length_power)
         self._beams, self._banned = beams, banned
@@ -166,6 +169,8 @@ class Lane:
         self._slots = _Slots(c.layers, sequences * views, self.length, c.kv_heads, c.width // c.heads, like)
         self._visible = torch.zeros(sequences, beams, self.length, dtype=torch.bool, device=like.device)
         self._seats: list[_Seat] = []
+        static = like.device.type == "cuda" if static is None else static
+        self._static = StaticSteps(self._write_static, sequences, like.device) if static else None
 
     def __len__(self) -> int:
         return len(self._seats)
@@ -189,7 +194,8 @@ class Lane:
         """
         n = len(keys)
         logits = _agreed(prompt.logits.view(n, self.views, 1, -1))
-        found = continuations(logits, torch.zeros(n, 1, device=logits.device), self._banned, self._beams)
+        scores = torch.zeros(n, 1, device=logits.device)
+        found = candidates(continuations(logits, scores, self._banned, self._beams))
         ended: dict[Hashable, list[Hypothesis]] = {}
         for i, key in enumerate(keys):
             search = Beams(*self._search)
@@ -219,28 +225,10 @@ class Lane:
 
     def step(self) -> dict[Hashable, list[Hypothesis]]:
         """One more token of every hypothesis of every sequence; the answers of those that ended leave the lane."""
-        seats, n, k, v = self._seats, len(self._seats), self._beams, self.views
-        if not n:
+        seats, k = self._seats, self._beams
+        if not seats:
             return {}
-        device = self._visible.device
-        told = torch.tensor([
-            (range(seat.filled, seat.filled + k), seat.search.parents, seat.search.tokens, [seat.position] * k)
-            for seat in seats
-        ])  # fmt: skip
-        at, parents, tokens, positions = self._sent(told).unbind(1)  # [n, K] each
-        rows, beams = torch.arange(n, device=device)[:, None], torch.arange(k, device=device)
-        self._visible[:n] = self._visible[rows, parents]
-        self._visible[rows, beams, at] = True
-        self._slots.aim(at.repeat_interleave(v, 0), max(seat.filled for seat in seats) + k)
-        mask = self._visible[:n, :, : self._slots.filled].repeat_interleave(v, 0)[:, None]  # [n V, 1, K, S]
-        x = self.model.decoder.embed(tokens).repeat_interleave(v, 0)  # [n V, K, W]
-        positions = positions.repeat_interleave(v, 0)
-        experts = torch.tensor([seat.expert for seat in seats]).repeat_interleave(v)
-        details = _joined([seat.details for seat in seats if seat.details is not None])
-        hidden = self.model.decoder(x, positions, mask, experts, None, self._slots, details)
-        logits = _agreed(self.model.decoder.logits(hidden).view(n, v, k, -1))  # [n, K, vocabulary]
-        scores = self._sent(torch.tensor([seat.search.scores for seat in seats]))
-        found = continuations(logits, scores, self._banned, k)
+        found = candidates(self._found(self._told()))
         ended = []
         for i, seat in enumerate(seats):
             seat.filled += k
@@ -252,10 +240,46 @@ class Lane:
             self._leave(i)
         return answers
 
-    def _sent(self, told: Tensor) -> Tensor:
-        """On the model's device, which goes on with what it does meanwhile."""
-        device = self._visible.device
-        return told.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else told
+    def _told(self) -> Tensor:
+        """What a step must know, double [n, 5, K], so that one transfer is enough: where each hypothesis is written,
+        which it goes on from, its token, the token's position, its log-probability."""
+        k = self._beams
+        return torch.tensor([
+            (range(seat.filled, seat.filled + k), seat.search.parents, seat.search.tokens, [seat.position] * k,
+             seat.search.scores)
+            for seat in self._seats
+        ], dtype=torch.double)  # fmt: skip
+
+    def _found(self, told: Tensor) -> Tensor:
+        """The best continuations [n, 2 K, 3] of all sequences."""
+        experts = [seat.expert for seat in self._seats]
+        details = _joined([seat.details for seat in self._seats if seat.details is not None])
+        if self._static is not None and details is None and len(set(experts)) == 1:
+            return self._static(told, experts[0])
+        filled = max(seat.filled for seat in self._seats) + self._beams
+        return self._write(sent(told, self._visible.device), filled, torch.tensor(experts), details)
+
+    def _write_static(self, told: Tensor, expert: int) -> Tensor:
+        """As `_write`, looking at all places, filled or not."""
+        return self._write(told, self.length, torch.full((len(told),), expert), None)
+
+    def _write(self, told: Tensor, filled: int, experts: Tensor, details: StepDetails | None) -> Tensor:
+        """Write a token of every hypothesis of the first n sequences: `told` [n, 5, K] on the device -> their best
+        continuations [n, 2 K, 3]. Places from `filled` on are not looked at. With one expert nothing here waits for
+        the device."""
+        n, _, k = told.shape
+        v = self.views
+        at, parents, tokens, positions = told[:, :4].long().unbind(1)  # [n, K] each
+        visible = self._visible[:n]
+        visible.copy_(visible.gather(1, parents[..., None].expand_as(visible)).scatter_(2, at[..., None], True))
+        self._slots.aim(at.repeat_interleave(v, 0), filled)
+        mask = visible[..., :filled].repeat_interleave(v, 0)[:, None]  # [n V, 1, K, S]
+        x = self.model.decoder.embed(tokens).repeat_interleave(v, 0)  # [n V, K, W]
+        hidden = self.model.decoder(
+            x, positions.repeat_interleave(v, 0), mask, experts.repeat_interleave(v), None, self._slots, details
+        )
+        logits = _agreed(self.model.decoder.logits(hidden).view(n, v, k, -1))  # [n, K, vocabulary]
+        return continuations(logits, told[:, 4].float(), self._banned, k)
 
     def drop(self, key: Hashable) -> None:
         """Its places are free again at once; nothing happens where it has left already."""
