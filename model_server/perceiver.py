@@ -31,6 +31,7 @@ from model_server.model.int8 import quantise
 from model_server.model.packed import can_pack, pack, pack_decoder, pack_projections
 from model_server.model.seen import Seen, prefixes, see
 from model_server.model.slots import Lane, Prefix, prefill
+from model_server.model.transfer import sent
 from model_server.model.vision import square
 from model_server.precision import Precision, computed_in, serving_dtype
 from model_server.protocol import (
@@ -176,7 +177,7 @@ class Perceiver:
             PARTS[task] * Lane.nbytes(self.model, s["views"], s["prompt"], s["beams"], s["steps"])
             for task, s in self._lane_shapes.items()
         )
-        return MemoryPlan.of(free_memory(), held, sequence, len(PRIORITIES))
+        return MemoryPlan.of(free_memory(self.device), held, sequence, len(PRIORITIES))
 
     @classmethod
     def load(cls, weights: Path = DEFAULT_WEIGHTS, device: str = "cpu", precision: str = Precision.AUTO) -> Perceiver:
@@ -427,4 +428,4 @@ class Perceiver:
         return len(self.tokenizer.encode(text))
 
     def _pixels(self, images: Sequence[np.ndarray]) -> Tensor:
-        return torch.stack([square(image, self.config.image_size) for image in images]).to(self.device)
+        return sent(torch.stack([square(image, self.config.image_size) for image in images]), self.device)

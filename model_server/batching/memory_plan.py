@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 SEQUENCES = 16  # of each kind and priority; more are hardly faster on a CPU, and each waits longer
 CACHE_BYTES = 256 * 2**20
@@ -44,8 +48,21 @@ class MemoryPlan:
         return f"{sizes} sequences={self.sequences}"
 
 
-def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, or of its control group where that allows less."""
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take where a device keeps its tensors."""
+    return _free_of_gpu(device) if device.type == "cuda" else _free_of_host()
+
+
+def _free_of_gpu(device: torch.device) -> int:
+    """What no process has, and what PyTorch holds of it without using it."""
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _free_of_host() -> int:
+    """Of the machine, or of this process's control group where that allows less."""
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         for line in Path("/proc/meminfo").read_text().splitlines():

@@ -25,6 +25,7 @@ from model_server.dense.scale_search import Sighting, combined
 from model_server.dense.working_scale import bounded, box_scales, change_kind, change_scale, mask_scales
 from model_server.model.dense import DenseBranch, Found, Maps, early_maps, objects_of
 from model_server.model.looks import Frame, stacked
+from model_server.model.transfer import sent
 from model_server.model.vision import Backbone
 from model_server.protocol import TileChange, TileMasks, TileObjects
 from model_server.query import Query
@@ -117,7 +118,7 @@ class DensePerceiver:
         return [answers[i] for i in range(len(queries))]
 
     def _maps(self, images: Tensor) -> Maps:
-        return self.branch.maps(early_maps(self.backbone, images.to(self.device), self.branch.config.shared))
+        return self.branch.maps(early_maps(self.backbone, sent(images, self.device), self.branch.config.shared))
 
     def _features(self, looks: Sequence[_Look]) -> Iterator[tuple[_Look, Tensor]]:
         """Every look with its features [1, C, H/4, W/4]; those kept from before first."""

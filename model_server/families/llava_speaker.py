@@ -14,6 +14,7 @@ from model_server.families.speaker import BatchSpeaker
 from model_server.families.words import Words
 from model_server.model.llava import ImageTokens, LlavaVLM, Prompt
 from model_server.model.rsvlm import DecodeState
+from model_server.model.transfer import sent
 
 ROWS = 8  # messages answered together, and pictures encoded together
 PromptText = Callable[[str, int], str]  # message, number of pictures -> the whole text before the answer
@@ -40,7 +41,7 @@ class LlavaSpeaker(BatchSpeaker[Prompt]):
         return self.model.prefill(prompt, torch.tensor([ask.expert for ask in asks]), room)
 
     def _encode(self, shown: Sequence[Shown]) -> list[ImageTokens]:
-        views = [self.processing.views(picture).to(self.device, self.dtype) for picture, *_ in shown]
+        views = [sent(self.processing.views(picture).to(self.dtype), self.device) for picture, *_ in shown]
         return self.model.encode(views, [(picture.shape[1], picture.shape[0]) for picture, *_ in shown])
 
 

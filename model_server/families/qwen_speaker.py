@@ -18,6 +18,7 @@ from model_server.model.modulation import Anchors
 from model_server.model.qwen_vision import Grid
 from model_server.model.qwen_vl import QwenPrompt, QwenVLM
 from model_server.model.rsvlm import DecodeState
+from model_server.model.transfer import sent
 
 ROWS = 4  # messages answered together, and pictures encoded together
 Size = Callable[[int, int], tuple[int, int]]  # width and height of a picture -> those at which it is looked at
@@ -50,7 +51,7 @@ class QwenSpeaker(BatchSpeaker[QwenPrompt]):
         ]  # fmt: skip
         patches, grids = zip(*cut, strict=True)
         known = Anchors.of([_anchors(*anchors) for _, *anchors in shown], WIDTH).to(self.device)
-        tokens = self.model.encode(torch.cat(patches).to(self.device, self.dtype), grids, known)
+        tokens = self.model.encode(sent(torch.cat(patches).to(self.dtype), self.device), grids, known)
         return list(zip(tokens, grids, strict=True))
 
 
