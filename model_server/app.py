@@ -166,8 +166,8 @@ def command(
     precision: Annotated[
         Precision,
         typer.Option(
-            help="Of the network; auto = bfloat16 on a GPU that computes in it, else float32; int8 = bfloat16, with the "
-            "weights of the decoder's linear layers in eight bits."
+            help="Of the network; auto = bfloat16 on a GPU that computes in it, else float32; int8 = bfloat16, with "
+            "the weights of the decoder's linear layers in eight bits."
         ),
     ] = Precision.AUTO,
     token_file: Annotated[
