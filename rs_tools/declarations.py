@@ -188,8 +188,8 @@ DECLARATIONS = (
     Declaration(
         "inspect_image",
         "Inspect an image",
-        "Facts of an image: size, bands, data type, nodata, CRS, WGS84 bounds, metres per pixel, likely modality. "
-        "Quick, asks no model. Use it first, to choose regions and bands and to know what size things have in it.",
+        "Facts of an image: size, bands, data type, nodata, CRS, WGS84 bounds, ground area, metres per pixel, likely "
+        "modality. Asks no model. Use it first, to choose regions and bands and know the size of things in it.",
         InspectImage,
         InspectResult,
         looks=False,

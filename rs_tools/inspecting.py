@@ -22,6 +22,7 @@ _NOT_FINITE: dict[str, Literal["nan", "inf", "-inf"]] = {"nan": "nan", "inf": "i
 def inspection(scene: Scene, started: float) -> InspectResult:
     """Everything `inspect_image` tells of a scene."""
     georeference = scene.georeference
+    area_m2 = georeference.area_m2(scene.region([])) if georeference else None
     nodata = scene.nodata
     return InspectResult(
         width=scene.width,
@@ -34,6 +35,7 @@ def inspection(scene: Scene, started: float) -> InspectResult:
         epsg=georeference.epsg if georeference else None,
         bounds_wgs84=georeference.bounds(scene.width, scene.height) if georeference else None,
         gsd_m=georeference.gsd_m(scene.width, scene.height) if georeference else None,
+        area_km2=None if area_m2 is None else area_m2 / 1e6,
         modality=scene.modality,
         modality_reason=scene.modality_reason,
         georeferenced=georeference is not None,

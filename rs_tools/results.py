@@ -117,6 +117,7 @@ class InspectResult(Result):
         description="[west, south, east, north] in degrees; west > east where the image crosses the antimeridian"
     )
     gsd_m: float | None = Field(description="ground sampling distance at the image's centre, in metres per pixel")
+    area_km2: float | None = Field(description="ground that the whole image covers, geodesic, in square kilometres")
     modality: Modality = Field(description="best guess of what the sensor measured")
     modality_reason: str = Field(description="what the guess rests on")
 

@@ -41,7 +41,8 @@ def _(result: InspectResult) -> str:
         west, south, east, north = result.bounds_wgs84
         crs = f"EPSG:{result.epsg}" if result.epsg is not None else "a CRS without EPSG code"
         pixel = f", {_metres(result.gsd_m)} per pixel" if result.gsd_m is not None else ""
-        lines.append(f"{crs}{pixel}; west {west:.5f}, south {south:.5f}, east {east:.5f}, north {north:.5f}.")
+        covered = f", {square_metres(result.area_km2 * 1e6)} of ground" if result.area_km2 is not None else ""
+        lines.append(f"{crs}{pixel}{covered}; west {west:.5f}, south {south:.5f}, east {east:.5f}, north {north:.5f}.")
     elif not result.georeferenced:
         lines.append("Not georeferenced: only pixel coordinates are known.")
     return "\n".join(lines)

@@ -54,5 +54,6 @@ def _facts(result: InspectResult) -> dict[str, str]:
         "crs": crs,
         "west, south, east, north": place or "unknown",
         "metres per pixel": "unknown" if result.gsd_m is None else f"{result.gsd_m:.3g}",
+        "square kilometres": "unknown" if result.area_km2 is None else f"{result.area_km2:.4g}",
         "modality": f"{result.modality} ({result.modality_reason})",
     }

@@ -40,16 +40,28 @@ class TileFrame:
     @property
     def scale(self) -> np.ndarray:
         """Scene pixels per tile pixel, float64 [2] (x, y)."""
-        x1, y1, x2, y2 = self.region
-        return np.array([(x2 - x1) / self.size[0], (y2 - y1) / self.size[1]])
+        return scales([self])[0]
 
     def to_scene(self, xy: np.ndarray) -> np.ndarray:
         """Scene positions of tile positions; float [..., 2]."""
-        return np.asarray(xy, float) * self.scale + self.region[:2]
+        xy = np.asarray(xy, float)
+        return to_scene([self], np.zeros(1, int), xy.reshape(1, -1, 2)).reshape(xy.shape)
 
     def to_tile(self, xy: np.ndarray) -> np.ndarray:
         """The inverse of `to_scene`."""
         return (np.asarray(xy, float) - self.region[:2]) / self.scale
+
+
+def scales(frames: Sequence[TileFrame]) -> np.ndarray:
+    """`TileFrame.scale` of each, float64 [T, 2]."""
+    regions = np.array([frame.region for frame in frames])
+    return (regions[:, 2:] - regions[:, :2]) / np.array([frame.size for frame in frames])
+
+
+def to_scene(frames: Sequence[TileFrame], owner: np.ndarray, xy: np.ndarray) -> np.ndarray:
+    """Scene positions of tile positions, float64 [N, K, 2]; `xy[i]` are positions in tile `frames[owner[i]]`."""
+    corners = np.array([frame.region[:2] for frame in frames])
+    return xy * scales(frames)[owner][:, None] + corners[owner][:, None]
 
 
 @dataclass(frozen=True)
@@ -200,6 +212,11 @@ class Georeference:
         area = np.linalg.norm(np.cross(east - west, south - north), axis=1)
         return PixelAreas(x, y, area.reshape(len(y), len(x)), (x1, y1, x2, y2))
 
+    def area_m2(self, region: Sequence[int]) -> float | None:
+        """Square metres of ground in [x1, y1, x2, y2]; None where a part of it has no place on Earth."""
+        area = self.pixel_areas(region).total()
+        return area if np.isfinite(area) else None
+
     def bounds(self, width: int, height: int) -> list[float] | None:
         """[west, south, east, north] of the whole raster, from points along all four edges.
 
@@ -269,6 +286,12 @@ class PixelAreas:
             lines = self.nodes[upper] + down[:, None] * (self.nodes[lower] - self.nodes[upper])
             return lines[:, left] + across * (lines[:, right] - lines[:, left])
 
+    def total(self) -> float:
+        """Of all pixels of the region together; not finite where `nodes` are not."""
+        x1, y1, x2, y2 = self.region
+        down, across = _weights(self.y, y1 + 0.5 + np.arange(y2 - y1)), _weights(self.x, x1 + 0.5 + np.arange(x2 - x1))
+        return float(np.einsum("i,ij,j", down, self.nodes, across))
+
 
 class MaskTotals:
     """Pixels and square metres of each value of a uint8 mask, added up while its rows pass by.
@@ -332,6 +355,13 @@ def _between(nodes: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     if len(nodes) == 1:
         return before, np.zeros(len(at))
     return before, (at - nodes[before]) / (nodes[before + 1] - nodes[before])
+
+
+def _weights(nodes: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """How often each node counts in the sum of what is interpolated at the positions; float64 [len(nodes)]."""
+    before, share = _between(nodes, at)
+    after = np.minimum(before + 1, len(nodes) - 1)
+    return np.bincount(before, 1 - share, len(nodes)) + np.bincount(after, share, len(nodes))
 
 
 def _geocentric(lonlat: np.ndarray) -> np.ndarray:

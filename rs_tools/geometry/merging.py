@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import shapely
 
-from rs_tools.geometry.measures import TileFrame
+from rs_tools.geometry.measures import TileFrame, scales, to_scene
 
 _AGREE = 0.5  # intersection over union of what both tiles can see
 _INSIDE = 0.8  # intersection over the smaller: one of the two tiles saw only a part
@@ -78,16 +78,13 @@ class Detections:
         slack = np.maximum(_EDGE, np.minimum(_EDGE_SHARE * sides, _EDGE_MOST))  # [N, 2]
         gaps = np.concatenate([inside[:, :2], size[:, 2:] - inside[:, 2:]], axis=1)
         inner = (np.array([frame.region for frame in frames]) != np.asarray(bounds))[owner]
-        ends = np.cumsum([len(one) for one in boxes])[:-1]
-        corners = np.split(inside.reshape(-1, 2, 2), ends)
-        placed = [frame.to_scene(own) for frame, own in zip(frames, corners, strict=True)]
         return cls(
-            boxes=np.concatenate(placed).reshape(-1, 4),
+            boxes=to_scene(frames, owner, inside.reshape(-1, 2, 2)).reshape(-1, 4),
             scores=np.concatenate(scores).astype(float),
             labels=np.concatenate([np.asarray(some, str) for some in labels]),
             tiles=tuple(frozenset([tile]) for tile in owner.tolist()),
             cut=(gaps <= np.concatenate([slack, slack], axis=1)) & inner,
-            slack=(slack * np.array([frame.scale for frame in frames])[owner]).max(axis=1),
+            slack=(slack * scales(frames)[owner]).max(axis=1),
         )
 
     def _taken(self, index: np.ndarray) -> Detections:
@@ -126,11 +123,16 @@ def _canonical(found: Detections) -> np.ndarray:
 
 def _pairs(found: Detections, fresh: np.ndarray) -> np.ndarray:
     """Int [K, 2]: boxes to combine, none twice, those that agree most first. One of each pair is in `fresh`."""
-    _, codes = np.unique(found.labels, return_inverse=True)
+    asks = np.zeros(len(found), bool)
+    asks[fresh] = True
     pairs, agreements = [np.zeros((0, 2), int)], [np.zeros(0)]
     for first, second in _near(found, fresh):
-        alike = (codes[first] == codes[second]) & (first != second)
+        once = (first < second) | ~asks[second]  # two fresh boxes find each other, and one of the times is enough
+        first, second = first[once], second[once]
+        alike = found.labels[first] == found.labels[second]
         first, second = first[alike], second[alike]
+        if len(first) == 0:
+            continue
         agreement = _agreement(found, first, second)
         agreed = agreement > 0
         pairs.append(np.sort(np.stack([first, second], axis=1)[agreed], axis=1))
@@ -172,8 +174,10 @@ def _agreement(found: Detections, first: np.ndarray, second: np.ndarray) -> np.n
     slack = found.slack[first] + found.slack[second]
     for axis in (0, 1):
         for x, y, cut_x, cut_y in ((a, b, cut_a, cut_b), (b, a, cut_b, cut_a)):
-            facing = cut_x[:, axis + 2] & cut_y[:, axis]
-            agreement = np.maximum(agreement, np.where(facing, _in_line(x, y, axis, slack), 0.0))
+            (facing,) = np.nonzero(cut_x[:, axis + 2] & cut_y[:, axis])
+            if len(facing):
+                in_line = _in_line(x[facing], y[facing], axis, slack[facing])
+                agreement[facing] = np.maximum(agreement[facing], in_line)
     return agreement
 
 

@@ -242,6 +242,7 @@ def test_the_area_between_meridians_and_parallels_is_the_closed_form(
     totals = MaskTotals((0, 0, 100, 80), place)
     totals.add(0, np.ones((80, 100), np.uint8))
     assert totals.area_m2(1) == pytest.approx(exact, rel=1e-3)
+    assert place.area_m2((0, 0, 100, 80)) == pytest.approx(exact, rel=1e-3)
 
 
 @pytest.mark.parametrize("epsg", [32633, 3857, 3413, 5070, 2263])
@@ -272,6 +273,8 @@ def test_a_mask_of_degrees_is_measured_row_by_row() -> None:
     assert totals.area_m2(1) == pytest.approx(zone_area(-180, -85, 180, 60), rel=1e-3)
     assert totals.area_m2(2) == pytest.approx(zone_area(-180, 60, 180, 90), rel=1e-3)
     assert totals.area_m2(3) == 0
+    assert place.area_m2((0, 0, 720, 360)) == pytest.approx(zone_area(-180, -90, 180, 90), rel=1e-3)
+    assert place.area_m2((0, 0, 720, 60)) == pytest.approx(zone_area(-180, 60, 180, 90), rel=1e-3)
 
 
 def test_a_mask_around_the_pole_is_measured_without_a_hole_in_it() -> None:
@@ -282,6 +285,7 @@ def test_a_mask_around_the_pole_is_measured_without_a_hole_in_it() -> None:
     [curve] = place.curves([ring], 0.01)
     assert curve is not None
     assert totals.area_m2(1) == pytest.approx(geodesic_area_m2([curve]), rel=1e-3)
+    assert place.area_m2((0, 0, 200, 200)) == pytest.approx(geodesic_area_m2([curve]), rel=1e-3)
 
 
 def test_a_class_that_reaches_off_the_map_or_has_no_map_has_no_area() -> None:
@@ -297,6 +301,8 @@ def test_a_class_that_reaches_off_the_map_or_has_no_map_has_no_area() -> None:
     nowhere.add(0, mask)
     assert nowhere.pixels[2] == 100
     assert nowhere.area_m2(2) is None
+    assert place.area_m2((0, 0, 480, 400)) is None
+    assert place.area_m2((240, 190, 250, 200)) == pytest.approx(totals.area_m2(2), rel=1e-3)
 
 
 @pytest.mark.parametrize("transform", [Affine.identity(), Affine(0, 0, 5, 0, 0, 5)])

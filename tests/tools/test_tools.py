@@ -45,6 +45,7 @@ async def test_inspecting_tells_size_bands_place_and_kind(tools: Tools, client: 
     assert (found.epsg, found.georeferenced, found.modality) == (32633, True, "optical")
     assert found.gsd_m == pytest.approx(10, rel=0.01)
     assert found.bounds_wgs84 == pytest.approx([13.72, 45.14, 13.73, 45.15], abs=0.02)
+    assert found.area_km2 == pytest.approx(0.8 * 0.6, rel=0.002)  # UTM stretches by less
     assert found.crs_wkt is not None
     assert found.provenance.image_digest.startswith("sha256:")
     assert client.requests == []
