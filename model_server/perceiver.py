@@ -49,6 +49,7 @@ from model_server.scene_labels import SceneLabels
 from model_server.sentences import Sentences
 from model_server.text.agreement import most_agreed
 from model_server.text.comparison import Comparison, read_comparison
+from model_server.text.sides import names_a_side
 from model_server.wording import comparison_answer, sentence, vqa_answer
 
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "nano"
@@ -157,16 +158,16 @@ class Perceiver:
 
     @property
     def _lane_shapes(self) -> dict[Task, LaneShape]:
-        """How each kind of answer is written. A caption is the same whichever way the image is turned, so it is read
-        off all views; the places in an answer are not."""
+        """How each kind of answer is written: read off all views, as captions and most answers are the same whichever
+        way the image is turned."""
         visual = self.model.visual_tokens
         caption = LaneShape(
             views=self.config.views, prompt=visual + 1, beams=CAPTION_BEAMS, steps=CAPTION_TOKENS,
             length_power=CAPTION_LENGTH_POWER,
         )  # fmt: skip
         vqa = LaneShape(
-            views=1, prompt=visual + self.config.sentence.max_tokens + 2, beams=ANSWER_BEAMS, steps=ANSWER_TOKENS,
-            length_power=0.0,
+            views=self.config.views, prompt=visual + self.config.sentence.max_tokens + 2,
+            beams=ANSWER_BEAMS, steps=ANSWER_TOKENS, length_power=0.0,
         )  # fmt: skip
         return {"caption": caption, "vqa": vqa}
 
@@ -360,9 +361,13 @@ class Perceiver:
         ]
         parts: list[Part] = [(writing, i) for writing in begun for i in range(len(writing.texts))]
         images = [one for one, writing in zip(seen, begun, strict=True) for _ in writing.texts]
-        prefix = Prefix.joined(prefixes(self.model, images, lane.views, expert))
         asked = [writing.texts[i] for writing, i in parts]
-        questions = self.sentences.questions(asked) if task == "vqa" else None
+        views = prefixes(self.model, images, lane.views, expert)
+        if task == "vqa":
+            views = [p.upright() if names_a_side(text) else p for p, text in zip(views, asked, strict=True)]
+        prefix = Prefix.joined(views)
+        repeated = [text for text in asked for _ in range(lane.views)]
+        questions = self.sentences.questions(repeated) if task == "vqa" else None
         prompt = prefill(self.model, prefix, self.tokenizer.tasks[token], questions)
         for writing in begun:
             undo.callback(self.drop, writing)
@@ -413,15 +418,14 @@ class Perceiver:
         return self.model.heads.sentence_vectors(self.sentences.vectors(texts)).cpu().numpy()
 
     def prompt_tokens(self, request: PerceiveRequest, images: int) -> int:
-        """Length of the sequences that the decoder reads before it answers: of each image its visual tokens (of a
-        caption, those of all turned views), of a question its vector and its tokens, and the task token. Classes,
-        boxes, masks and change are read off vectors and maps: there it is the tokens of the phrases."""
+        """Length of the sequences that the decoder reads before it answers: of each turned view of each image its
+        visual tokens, the question's vector and tokens, and the task token. Classes, boxes, masks and change are read
+        off vectors and maps: there it is the tokens of the phrases."""
         tokens = sum(len(self.sentence_tokenizer.encode(text).ids) for text in (request.text, *request.labels) if text)
         if request.task not in ("caption", "vqa"):
             return tokens
-        views = self.config.views if request.task == "caption" else 1
         question = 1 + tokens if request.task == "vqa" else 0
-        return images * (views * (self.model.visual_tokens + 1) + question)
+        return images * self.config.views * (self.model.visual_tokens + 1 + question)
 
     def answer_tokens(self, text: str) -> int:
         """Tokens of a text in the decoder's vocabulary."""

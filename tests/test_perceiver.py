@@ -7,14 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from model_server.calibration import Calibration, Logistic
-from model_server.model.generate import Hypothesis
-from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver, Query, WeightsError, Writing
+from model_server.model.generate import Hypothesis, beam_search
+from model_server.model.vision import square
+from model_server.perceiver import ANSWER_BEAMS, ANSWER_TOKENS, DEFAULT_WEIGHTS, Perceiver, Query, WeightsError, Writing
 from model_server.protocol import PerceiveRequest, TileAnswer, TileCaption, TileClasses, TileMasks, TileObjects, TileVqa
 from model_server.text.answers import answer_kind
-from model_server.wording import yes_or_no
+from model_server.wording import vqa_answer, yes_or_no
 
 ROOT = Path(__file__).parents[1]
 
@@ -99,6 +101,36 @@ def test_an_answer_about_an_image_that_is_known_already_is_the_one_given_without
         (cached,) = perceiver.answer([query])
         assert_same(cached, expected)
     assert len(encoded) == len(asked) + 1
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("question", "turned"), [("How many large ships?", True), ("Where is the ship?", False)])
+def test_a_question_is_read_off_all_turned_views_unless_it_is_about_a_side(
+    perceiver: Perceiver, question: str, turned: bool
+) -> None:
+    image, model, tokenizer = picture(8), perceiver.model, perceiver.tokenizer
+    image[:, :30] //= 8  # dark on the left
+    pixels = square(image, perceiver.config.image_size)[None]
+    views = perceiver.config.views if turned else 1
+    task, expert = torch.full((views,), tokenizer.tasks["[VQA]"]), torch.zeros(views, dtype=torch.long)
+    logits, state = model.prefill(
+        model.encode(pixels, turned), task, perceiver.sentences.questions([question] * views), expert, ANSWER_TOKENS,
+        views,
+    )  # fmt: skip
+    banned = torch.zeros(perceiver.config.decoder.vocab_size, dtype=torch.bool)
+    banned[[tokenizer.pad, *tokenizer.tasks.values()]] = True
+    (found,) = beam_search(
+        model, logits, state, beams=ANSWER_BEAMS, steps=ANSWER_TOKENS, end=tokenizer.end, banned=banned,
+        length_power=0.0,
+    )  # fmt: skip
+    said = [(tokenizer.decode(h.ids), h.logprob) for h in found]
+    expected = vqa_answer(said, perceiver.calibration)
+    (answer,) = perceiver.answer([Query("vqa", image, text=question)])
+    assert isinstance(answer, TileVqa)
+    assert [a.answer for a in answer.alternatives] == [a.answer for a in expected.alternatives]
+    assert [a.confidence for a in answer.alternatives] == pytest.approx(
+        [a.confidence for a in expected.alternatives], rel=2e-4
+    )
 
 
 def test_sequences_that_join_while_others_are_written_change_nobodys_answer(perceiver: Perceiver) -> None:

@@ -49,6 +49,15 @@ class Prefix:
         details = self.details and StepDetails(self.details.means[:rows], self.details.known[:rows])
         return Prefix(self.keys[:, :, :rows], self.expert, details)
 
+    def upright(self) -> Prefix:
+        """The first view, which is not turned, in the place of all."""
+        views = self.keys.shape[2]
+        first = self.first(1)
+        details = first.details and StepDetails(
+            torch.cat([first.details.means] * views), torch.cat([first.details.known] * views)
+        )
+        return Prefix(torch.cat([first.keys] * views, 2), self.expert, details)
+
     @classmethod
     def joined(cls, prefixes: Sequence[Prefix]) -> Prefix:
         """One of them all, in order; all have the same expert."""
