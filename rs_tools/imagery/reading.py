@@ -14,7 +14,7 @@ from rs_tools.imagery.bands import BandChoice
 from rs_tools.imagery.formats import CACHE_BYTES, pixel_bytes
 
 _SUPERSAMPLING = 4
-_STRIP_PIXELS = 2**19  # of windows read at once
+_AT_ONCE = 2**21  # bytes of one band
 _UNDECLARED = 1e37  # nothing measures as much: the largest decimals stand for missing pixels
 
 
@@ -28,34 +28,44 @@ Wanted = tuple[Region, tuple[int, int]]
 """A window, x1, y1, x2, y2, and the (width, height) that it is read in."""
 
 
-def side_by_side(windows: Sequence[Wanted]) -> dict[Wanted, Region]:
-    """For windows at full resolution that follow each other along a row, the strip that they make up together.
+def together(windows: Sequence[Wanted], most: int) -> dict[Wanted, Region]:
+    """For windows at full resolution that follow each other, the larger window of at most `most` pixels around them.
 
-    Read at once, a strip's blocks are looked up and its bands put side by side once, not for each window that shares
-    them; windows are then cut out of it. Strips are bounded, and windows that stand alone are left out.
+    Neighbours along a row make up one, and so do whole rows of them, one below the other. Read at once, their blocks
+    are looked up and the bands put side by side once, not for each window that shares them. Windows that stand alone
+    are left out.
     """
-    strips: dict[Wanted, Region] = {}
+    groups: list[tuple[Region, list[Wanted]]] = []
+    for row in _rows(windows, most):
+        (left, top, _, _), (_, _, right, bottom) = row[0][0], row[-1][0]
+        if groups:
+            (x1, y1, x2, y2), above = groups[-1]
+            below = (left, right) == (x1, x2) and y1 < top <= y2 < bottom
+            if below and (x2 - x1) * (bottom - y1) <= most:
+                groups[-1] = (x1, y1, x2, bottom), above + row
+                continue
+        groups.append(((left, top, right, bottom), row))
+    return {window: whole for whole, group in groups if len(group) > 1 for window in group}
+
+
+def _rows(windows: Sequence[Wanted], most: int) -> Iterator[list[Wanted]]:
+    """Windows at full resolution, each list of them neighbours along a row."""
     row: list[Wanted] = []
-
-    def close() -> None:
-        if len(row) > 1:
-            (x1, y1, _, _), (_, _, x2, y2) = row[0][0], row[-1][0]
-            strips.update(dict.fromkeys(row, (x1, y1, x2, y2)))
-        row.clear()
-
     for region, size in windows:
         x1, y1, x2, y2 = region
         if row:
             (start, *_), (left, top, right, bottom) = row[0][0], row[-1][0]
             along = (y1, y2) == (top, bottom) and left < x1 <= right < x2
-            if not along or (x2 - start) * (y2 - y1) > _STRIP_PIXELS:
-                close()
+            if not along or (x2 - start) * (y2 - y1) > most:
+                yield row
+                row = []
         if size == (x2 - x1, y2 - y1):
             row.append((region, size))
-        else:
-            close()
-    close()
-    return strips
+        elif row:
+            yield row
+            row = []
+    if row:
+        yield row
 
 
 class BandReader:
@@ -64,6 +74,9 @@ class BandReader:
     Args:
         dataset: stays open as long as this is used, in one thread.
         choice: which bands.
+
+    Attributes:
+        at_once: pixels that are worth reading at once, within bounds of memory.
     """
 
     def __init__(self, dataset: DatasetReader, choice: BandChoice) -> None:
@@ -74,30 +87,26 @@ class BandReader:
         self._integers = "int" in kind and not kind.startswith("complex")
         palette = dataset.colorinterp[first].name == "palette"
         self._resampling = Resampling.nearest if palette else Resampling.average
-        self._dtype = np.uint8 if eight_bit(dataset, choice) else np.float32
+        self._dtype = np.dtype(np.uint8 if eight_bit(dataset, choice) else np.float32)
+        self.at_once = _AT_ONCE // self._dtype.itemsize
         flags = dataset.mask_flag_enums
         self._complete = all(MaskFlags.all_valid in flags[index - 1] for index in self._bands)
         self._overviews = dataset.overviews(1)
         self._block: tuple[int, int] = dataset.block_shapes[0]
         self._part_pixels = CACHE_BYTES / 3 / pixel_bytes(dataset)
 
-    def read(
-        self, window: Window, out_size: tuple[int, int], into: tuple[np.ndarray, np.ndarray] | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, window: Window, out_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Band values [C, H, W], uint8 as they are and others as float32, and validity bool [H, W] of a window.
 
         Integers are averaged by GDAL, which leaves out nodata; a palette keeps its exact values. GDAL does not leave
         out NaN that the file does not declare, nor can it take the magnitude of complex values, so decimal and complex
-        values are averaged here.
-
-        `into`: an earlier answer that nobody needs any more; if it has the size, its memory is used again.
+        values are averaged here. Validity is not to be written to: without missing pixels it is one row in memory.
         """
-        if into is not None and into[1].shape == out_size[::-1]:
-            values, valid = into
-        else:
-            # Each pixel's bands side by side, as pictures are wanted and as most files have them.
-            values = np.empty((out_size[1], out_size[0], len(self._bands)), self._dtype).transpose(2, 0, 1)
-            valid = np.empty(values.shape[1:], bool)
+        # Each pixel's bands side by side, as pictures are wanted and as most files have them.
+        values = np.empty((out_size[1], out_size[0], len(self._bands)), self._dtype).transpose(2, 0, 1)
+        valid = np.empty(values.shape[1:], bool)
+        if self._integers and self._complete:
+            valid = np.broadcast_to(np.ones(out_size[0], bool), valid.shape)
         read = self._read_integers if self._integers else self._read_decimals
         for rows, columns, part in self._parts(window, out_size):
             read(part, values[:, rows, columns], valid[rows, columns])
@@ -129,11 +138,12 @@ class BandReader:
 
     def _read_integers(self, window: Window, values: np.ndarray, valid: np.ndarray) -> None:
         wanted: dict[str, Any] = {"window": window, "resampling": self._resampling}
-        if self._dtype is np.uint8:
+        if self._dtype == np.uint8:
             self._dataset.read(self._bands, out=values, **wanted)
         else:
             values[:] = self._dataset.read(self._bands, out_shape=values.shape, **wanted)
-        valid[:] = self._valid(window, values.shape)
+        if not self._complete:
+            valid[:] = self._valid(window, values.shape)
 
     def _read_decimals(self, window: Window, values: np.ndarray, valid: np.ndarray) -> None:
         bands, height, width = values.shape

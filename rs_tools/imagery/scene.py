@@ -7,7 +7,7 @@ reader of many windows) opens the file anew under the access policy and refuses 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -25,7 +25,7 @@ from rs_tools.imagery.bands import BandChoice, BandInfo, choose_bands, guess_mod
 from rs_tools.imagery.beside import look_beside
 from rs_tools.imagery.formats import ByteSource, reported
 from rs_tools.imagery.placing import Place, placed
-from rs_tools.imagery.reading import BandReader, Region, Wanted, eight_bit, side_by_side, window_of
+from rs_tools.imagery.reading import BandReader, Region, Wanted, eight_bit, together, window_of
 from rs_tools.imagery.remote import RemoteFile
 from rs_tools.imagery.stretch import Stretch, fit_stretch
 from rs_tools.memory import give_back
@@ -42,14 +42,14 @@ _DESCRIPTION = 200  # characters of a band's description
 
 
 class Pixels(NamedTuple):
-    """A read window: `rgb` uint8 [H, W, 3], `valid` bool [H, W]. Invalid pixels are 0 in `rgb`."""
+    """A read window: `rgb` uint8 [H, W, 3], 0 where invalid; `valid` bool [H, W], not to be written to."""
 
     rgb: np.ndarray
     valid: np.ndarray
 
     def cut(self, rows: slice, columns: slice) -> Pixels:
-        """A part of the window, with memory of its own."""
-        return Pixels(self.rgb[rows, columns].copy(), self.valid[rows, columns].copy())
+        """A part of the window: the same memory."""
+        return Pixels(self.rgb[rows, columns], self.valid[rows, columns])
 
 
 class ReadWindow(Protocol):
@@ -179,11 +179,12 @@ class Scene:
         """Read many windows with the file opened once: `with scene.reader() as read: pixels = read(region, size)`.
 
         What it yields reads as `Scene.read` does, with the same checks, and keeps nothing between calls but GDAL's
-        bounded cache of decoded blocks and one strip. One thread at a time; several readers of one scene may be used
-        side by side.
+        bounded cache of decoded blocks and what was read together last. One thread at a time; several readers of one
+        scene may be used side by side.
 
         Args:
-            windows: what will be read, in order, as far as it is known: neighbours in a row are read together.
+            windows: what will be read, in order, as far as it is known: neighbours are read together. They share
+                memory then and cannot be written to.
 
         Raises:
             AccessError, ImageError: as `read`, on entering or from any call inside the `with` block.
@@ -191,7 +192,7 @@ class Scene:
         self._check_unchanged()
         try:
             with self._policy.open(self.source) as dataset:
-                yield _Reading(self, dataset, side_by_side(windows))
+                yield _Reading(self, dataset, windows)
         finally:
             give_back()  # the decoded blocks are free now
 
@@ -213,36 +214,35 @@ class _Reading:
     """A scene whose file is open.
 
     Args:
-        strips: for windows that are read with their neighbours, the strip that they make up.
+        windows: as `Scene.reader` says.
     """
 
-    def __init__(self, scene: Scene, dataset: DatasetReader, strips: Mapping[Wanted, Region]) -> None:
+    def __init__(self, scene: Scene, dataset: DatasetReader, windows: Sequence[Wanted]) -> None:
         self._scene = scene
         self._driver = dataset.driver
         self._bands = BandReader(dataset, scene.choice)
-        self._strips = strips
-        self._strip: Region | None = None
-        self._values: tuple[np.ndarray, np.ndarray] | None = None  # of the strip
-        self._pixels: Pixels | None = None  # of the strip; may share the values' memory
+        self._wholes = together(windows, self._bands.at_once)
+        self._whole: Region | None = None
+        self._pixels: Pixels | None = None  # of the whole
 
     def __call__(self, region: Region, out_size: tuple[int, int]) -> Pixels:
-        strip = self._strips.get((region, out_size))
-        if strip is None:
-            return self._scene._shown(*self._read(region, out_size))
-        left, top, right, bottom = strip
-        if self._pixels is None or self._strip != strip:
-            self._strip, self._pixels = strip, None
-            self._values = self._read(strip, (right - left, bottom - top), self._values)
-            self._pixels = self._scene._shown(*self._values)
-        return self._pixels.cut(slice(None), slice(region[0] - left, region[2] - left))
+        whole = self._wholes.get((region, out_size))
+        if whole is None:
+            return self._read(region, out_size)
+        left, top, right, bottom = whole
+        if self._pixels is None or self._whole != whole:
+            self._whole, self._pixels = whole, None  # the one before is free now
+            self._pixels = self._read(whole, (right - left, bottom - top))
+            for shared in self._pixels:
+                shared.flags.writeable = False
+        x1, y1, x2, y2 = region
+        return self._pixels.cut(slice(y1 - top, y2 - top), slice(x1 - left, x2 - left))
 
-    def _read(
-        self, region: Region, out_size: tuple[int, int], into: tuple[np.ndarray, np.ndarray] | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, region: Region, out_size: tuple[int, int]) -> Pixels:
         self._scene._check_unchanged()
         x1, y1, x2, y2 = region
         with reported(self._scene.source.name, self._driver):
-            return self._bands.read(window_of(x1, y1, x2 - x1, y2 - y1), out_size, into)
+            return self._scene._shown(*self._bands.read(window_of(x1, y1, x2 - x1, y2 - y1), out_size))
 
 
 def _band_infos(dataset: DatasetReader) -> tuple[BandInfo, ...]:

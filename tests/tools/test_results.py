@@ -55,7 +55,8 @@ def test_schemas_are_closed_described_and_hold_no_references(model: type[Result]
     [
         (
             InspectResult,
-            "width height band_count bands dtype nodata crs_wkt epsg bounds_wgs84 gsd_m area_km2 modality modality_reason",
+            "width height band_count bands dtype nodata crs_wkt epsg bounds_wgs84 gsd_m area_km2 modality "
+            "modality_reason",
         ),
         (ListResult, "images roots truncated"),
         (CaptionResult, "caption parts confidence"),

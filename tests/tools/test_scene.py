@@ -15,7 +15,7 @@ from rasters import noise, opened, whole, write
 
 from rs_tools.errors import ImageError, RegionError
 from rs_tools.imagery.access import AccessPolicy, Source
-from rs_tools.imagery.reading import side_by_side
+from rs_tools.imagery.reading import Region, Wanted, together
 from rs_tools.imagery.scene import Scene
 from rs_tools.imagery.tiling import tile_grid
 
@@ -122,10 +122,8 @@ def test_memory_stays_flat_however_large_the_file() -> None:
     program = """
 import resource, sys, tempfile, rasterio
 from pathlib import Path
-from rs_tools.imagery.access import AccessPolicy, Source
-from rs_tools.imagery.reading import side_by_side
+from rs_tools.imagery.access import AccessPolicy
 from rs_tools.imagery.scene import Scene
-from rs_tools.imagery.tiling import tile_grid
 folder = Path(tempfile.mkdtemp())
 size = dict(width=8000, height=8000, count=3, dtype="uint16", tiled=True, photometric="RGB")
 with rasterio.open(folder / "big.tif", "w", driver="GTiff", SPARSE_OK=True, **size):
@@ -198,12 +196,12 @@ def test_a_reader_opens_the_file_once_and_reads_windows_as_single_reads_do(tmp_p
 
 
 @pytest.mark.parametrize("kind", ["colours", "sixteen bits with nodata", "decimals with gaps", "palette"])
-@pytest.mark.parametrize("most", [2**19, 2500])
+@pytest.mark.parametrize("most", [2**21, 24_000, 2500])
 @pytest.mark.parametrize("overlap", [0, 9])
 def test_windows_told_beforehand_are_read_as_single_ones_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, most: int, overlap: int
 ) -> None:
-    monkeypatch.setattr("rs_tools.imagery.reading._STRIP_PIXELS", most)
+    monkeypatch.setattr("rs_tools.imagery.reading._AT_ONCE", most)
     if kind == "colours":
         path = write(tmp_path / "a.tif", noise(3, 90, 170), photometric="RGB")
     elif kind == "palette":
@@ -220,28 +218,35 @@ def test_windows_told_beforehand_are_read_as_single_ones_are(
     windows = [(region, plan.size(region)) for region in plan.regions]
     windows += [((0, 0, 170, 90), (17, 9)), windows[0]]  # a reduced one, and one that comes again
     with scene.reader(windows) as read:
-        together = [read(*window) for window in windows]
-        alone = read((1, 1, 9, 9), (8, 8))  # nobody told of this one
-    together[1].rgb[:], together[1].valid[:] = 0, False  # no window shares another's memory
+        found = [read(*window) for window in windows]
+        found.append(read((1, 1, 9, 9), (8, 8)))  # nobody told of this one
     windows.append(((1, 1, 9, 9), (8, 8)))
-    for window, one in zip(windows, [*together, alone], strict=True):
-        if one is not together[1]:
-            single = scene.read(*window)
-            np.testing.assert_array_equal(one.rgb, single.rgb)
-            np.testing.assert_array_equal(one.valid, single.valid)
+    for window, one in zip(windows, found, strict=True):
+        single = scene.read(*window)
+        np.testing.assert_array_equal(one.rgb, single.rgb)
+        np.testing.assert_array_equal(one.valid, single.valid)
+    if most > 2500:
+        with pytest.raises(ValueError, match="read-only"):
+            found[1].rgb[:] = 0  # its neighbours show the same memory
 
 
-def test_neighbours_in_a_row_make_up_strips_that_are_bounded() -> None:
-    plan = tile_grid((0, 0, 20_000, 500), 256, 32)
-    windows = [(region, plan.size(region)) for region in plan.regions]
-    strips = side_by_side(windows)
-    assert len(strips) == len(windows)
-    for (region, _), (x1, y1, x2, y2) in strips.items():
-        assert x1 <= region[0] < region[2] <= x2
-        assert (region[1], region[3]) == (y1, y2)
-        assert (x2 - x1) * (y2 - y1) <= 2**19
-    assert len(set(strips.values())) < len(windows) / 5
-    assert side_by_side([((0, 0, 20, 20), (10, 10)), ((10, 0, 30, 20), (10, 10))]) == {}
+def test_neighbours_are_read_together_within_bounds() -> None:
+    def planned(width: int, height: int) -> tuple[list[Wanted], dict[Wanted, Region]]:
+        plan = tile_grid((0, 0, width, height), 256, 32)
+        windows = [(region, plan.size(region)) for region in plan.regions]
+        return windows, together(windows, 2**21)
+
+    for width, height in ((20_000, 500), (3000, 3000), (256, 20_000)):
+        windows, wholes = planned(width, height)
+        assert list(wholes) == windows
+        for (region, _), (x1, y1, x2, y2) in wholes.items():
+            assert x1 <= region[0] < region[2] <= x2
+            assert y1 <= region[1] < region[3] <= y2
+            assert (x2 - x1) * (y2 - y1) <= 2**21
+        assert len(set(wholes.values())) < len(windows) / 20
+    assert set(planned(1000, 1000)[1].values()) == {(0, 0, 1000, 1000)}
+    assert together([((0, 0, 20, 20), (10, 10)), ((10, 0, 30, 20), (10, 10))], 2**21) == {}
+    assert together([((0, 0, 20, 20), (20, 20)), ((40, 0, 60, 20), (20, 20))], 2**21) == {}
 
 
 def test_a_reader_refuses_a_file_that_changes_between_two_windows(tmp_path: Path) -> None:
