@@ -78,6 +78,21 @@ class EngineMetrics(TypedDict):
     memory: dict[str, int]  # the plan made at start, in bytes and places; empty before
 
 
+NO_CACHE: CacheValues = {"hits": 0, "misses": 0, "evictions": 0, "entries": 0, "bytes": 0, "limit_bytes": 0}
+
+
+@dataclass(frozen=True)
+class Now:
+    """What is not counted but looked up: see `EngineMetrics`. The defaults are those of an engine without a model."""
+
+    waiting: dict[Priority, int]
+    on_device: int = 0
+    decoding: int = 0
+    halvings: int = 0
+    cache: CacheValues = field(default_factory=lambda: NO_CACHE)
+    memory: dict[str, int] = field(default_factory=dict)
+
+
 def _by_priority() -> dict[Priority, Histogram]:
     return {"interactive": Histogram(SECONDS), "bulk": Histogram(SECONDS)}
 
@@ -108,3 +123,43 @@ class Counters:
 
     def accept(self, task: Task) -> None:
         self.requests[task] = self.requests.get(task, 0) + 1
+
+    def passed(self, tiles: int, requests: int) -> None:
+        """A pass has taken in so many tiles of so many requests."""
+        self.batches += 1
+        self.shared_batches += requests > 1
+        self.batch_tiles.add(tiles)
+        self.largest_batch = max(self.largest_batch, tiles)
+
+    def stepped(self, sequences: int) -> None:
+        """A step has written a token of each of so many sequences."""
+        self.steps += 1
+        self.tokens += sequences
+        self.step_sequences.add(sequences)
+
+    def metrics(self, now: Now) -> EngineMetrics:
+        return {
+            "waiting": sum(now.waiting.values()),
+            "waiting_by_priority": dict(now.waiting),
+            "on_device": now.on_device,
+            "decoding": now.decoding,
+            "requests": dict(self.requests),
+            "rejections": dict(self.rejections),
+            "cancellations": self.cancellations,
+            "deadlines_passed": self.deadlines_passed,
+            "failures": self.failures,
+            "tiles": self.tiles,
+            "batches": self.batches,
+            "shared_batches": self.shared_batches,
+            "largest_batch": self.largest_batch,
+            "halvings": now.halvings,
+            "tokens": self.tokens,
+            "steps": self.steps,
+            "batch_tiles": self.batch_tiles.values(),
+            "step_sequences": self.step_sequences.values(),
+            "queued_s": {priority: h.values() for priority, h in self.queued_s.items()},
+            "first_token_s": self.first_token_s.values(),
+            "answer_s": {priority: h.values() for priority, h in self.answer_s.items()},
+            "cache": now.cache,
+            "memory": now.memory,
+        }

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 from scripted import GUILTY, ScriptedPerceiver, tile
 
+from model_server.batching.dispatcher import Dispatcher
 from model_server.engine import DeadlinePassed, Engine, EngineBusy, EngineClosing, EngineNotReady, QueryFailed
 from model_server.perceiver import Perceiver
 from model_server.protocol import PerceiveRequest, PerceiveResponse, TaskNotServed
@@ -289,7 +290,7 @@ async def test_a_fault_of_the_engine_itself_leaves_nobody_waiting(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("a fault of ours")
 
-    monkeypatch.setattr(engine, "_begin", fail)
+    monkeypatch.setattr(Dispatcher, "_begin", fail)
     with pytest.raises(EngineClosing, match="the engine has failed"):
         await engine.perceive(CAPTION, [tile(1)])
     assert not engine.ready
