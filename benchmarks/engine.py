@@ -11,7 +11,10 @@ Tables:
   bulk      an interactive question alone, and while a caller sends a large scene as bulk
   mixed     captions (image), boxes (region) and masks (pixel) alone and in turn
   tools     each tool alone and after the other five on one image; six on one image against the same on six images
-  parts     the cache switched off; experts mixed in one step against one expert for all
+  parts     the cache, routing (experts mixed in one step against one for all), injection and MDA switched off; a step
+            of fixed shapes, as a GPU does it
+  attention the backends that need no GPU, at several lengths
+  precision float32, bfloat16 and weights in eight bits
   generate  captions of one view, greedy, against `transformers.generate` with the decoder exported as a Llama
 
 Wall times mean little where other work shares the cores. CPU seconds count the work itself: with one thread a tile per
@@ -29,7 +32,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,11 +47,13 @@ import torch
 from model_server.app import _keep_freed_memory
 from model_server.checkpoints.store import load_checkpoint
 from model_server.engine import Engine
-from model_server.model.config import EXPERTS, nano
+from model_server.model.attention import attend
+from model_server.model.backends import Backend
+from model_server.model.config import EXPERTS, StacksConfig, nano
 from model_server.model.packed import PackedLinear, can_pack
 from model_server.model.rsvlm import RSVLM
 from model_server.model.seen import prefixes, see
-from model_server.model.slots import Lane, Prefix, prefill
+from model_server.model.slots import Lane, prefill
 from model_server.perceiver import CAPTION_TOKENS, DEFAULT_WEIGHTS, TASK_TOKEN, Perceiver, Query
 from model_server.protocol import PerceiveRequest
 
@@ -68,6 +73,7 @@ GRANULARITIES = {
 }
 CALLERS = (1, 4, 16, 64)
 STATIC = 16
+LENGTHS = (64, 256, 1024, 2048)
 
 Row = list[str]
 
@@ -310,30 +316,111 @@ async def measure_parts(bench: Bench) -> None:
         rows.append([f"16 callers on 16 images, {name}", *run.columns()])
     bench.perceiver.cache.limit = limit
     bench.table("parts: cache", ["what", *COLUMNS], rows)
-    rows = [[name, f"{ms:.1f}"] for name, ms in step_costs().items()]
-    bench.table("parts: routing", ["a step of 16 answers, random weights of nano with three experts", "CPU ms"], rows)
+    steps, prompts = part_costs()
+    rows = [[name, f"{ms:.1f}"] for name, ms in steps.items()]
+    bench.table("parts: steps", ["a step of 16 answers, random weights of nano", "CPU ms"], rows)
+    rows = [[name, f"{ms:.1f}"] for name, ms in prompts.items()]
+    bench.table("parts: images", ["the decoder's part of 4 images, random weights of nano", "CPU ms"], rows)
+
+
+def variants() -> dict[str, RSVLM]:
+    """nano with random weights and more or fewer mechanisms."""
+    c = nano()
+    plain = replace(c, fusion=replace(c.fusion, mda_layers=()))
+    injected = replace(plain, stacks=StacksConfig(factor=1), inject_layers=c.fusion.mda_layers, inject_steps=True)
+    configs = {
+        "as shipped: one expert, MDA": c,
+        "without MDA": plain,
+        "injection at every step, in MDA's place": injected,
+        "three experts": replace(c, decoder=replace(c.decoder, experts=EXPERTS)),
+    }
+    return {name: RSVLM(config).eval() for name, config in configs.items()}
 
 
 @torch.inference_mode()
-def step_costs(steps: int = 12) -> dict[str, float]:
-    """CPU milliseconds of a step, all sequences with one expert against a third with each."""
-    config = nano()
-    config = replace(config, decoder=replace(config.decoder, experts=EXPERTS))
-    model = RSVLM(config).eval()
-    model.backbone.fold_norms()
-    image = torch.randint(0, 256, (1, 3, config.image_size, config.image_size), dtype=torch.uint8)
-    (seen,) = see(model, image)
-    by_expert = [prefixes(model, [seen], 1, expert)[0] for expert in range(3)]
-    banned = torch.zeros(config.decoder.vocab_size, dtype=torch.bool)
-    costs = {}
-    for name, experts in (("one expert", [0] * STATIC), ("three experts", [i % 3 for i in range(STATIC)])):
-        lane = Lane(model, sequences=STATIC, views=1, prompt=model.visual_tokens + 1, beams=5, steps=steps + 4, end=0,
-                    banned=banned, length_power=0.0)  # fmt: skip
-        for i, expert in enumerate(experts):
-            lane.join([i], prefill(model, Prefix.joined([by_expert[expert]]), 1, None))
-        runs = [timed(lambda lane=lane: len(lane.step()) or 1).cpu_s for _ in range(steps)]
-        costs[name] = 1000 * sorted(runs)[len(runs) // 2]
-    return costs
+def part_costs(repeats: int = 12) -> tuple[dict[str, float], dict[str, float]]:
+    """CPU milliseconds, the median of runs taken in turn: of a step of 16 answers, and of the decoder's visual part."""
+    models, image = variants(), None
+    lanes: dict[str, Lane] = {}
+    making: dict[str, Callable[[], object]] = {}
+    for name, model in models.items():
+        model.backbone.fold_norms()
+        if image is None:
+            image = torch.randint(0, 256, (1, 3, *[model.config.image_size] * 2), dtype=torch.uint8)
+        (seen,) = see(model, image)
+        making[name] = lambda model=model, seen=seen: prefixes(
+            model, [replace(seen, prefixes={}) for _ in range(4)], 1, 0
+        )
+        kinds = {name: ([0], False)}
+        if len(model.config.decoder.experts) > 1:
+            kinds = {f"{name}, a third of the answers by each": (range(3), False)}
+        elif name.startswith("as shipped"):
+            kinds["as shipped, of fixed shapes"] = [0], True
+        for kind, (experts, static) in kinds.items():
+            lanes[kind] = lane = lane_of(model, repeats, static)
+            for i in range(STATIC):
+                (prefix,) = prefixes(model, [seen], 1, experts[i % len(experts)])
+                lane.join([i], prefill(model, prefix, 1, None))
+    del making["three experts"]  # all of an image goes through one
+    return in_turn({name: lane.step for name, lane in lanes.items()}, repeats), in_turn(making, repeats)
+
+
+def lane_of(model: RSVLM, steps: int, static: bool) -> Lane:
+    banned = torch.zeros(model.config.decoder.vocab_size, dtype=torch.bool)
+    return Lane(model, sequences=STATIC, views=1, prompt=model.visual_tokens + 1, beams=5, steps=steps + 4, end=0,
+                banned=banned, length_power=0.0, static=static)  # fmt: skip
+
+
+def in_turn(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """CPU milliseconds of each, the median of runs one after the other, so that what else the machine does hits all."""
+    spent: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(repeats + 1):
+        for name, work in works.items():
+            cpu = time.process_time()
+            work()
+            if turn:
+                spent[name].append(1000 * (time.process_time() - cpu))
+    return {name: median(times) for name, times in spent.items()}
+
+
+async def measure_attention(bench: Bench) -> None:
+    """Those that need no GPU, with heads as in nano. Prompts are causal and alone; a step has 16 answers of 5
+    hypotheses and a mask."""
+    c = nano().decoder
+    width = c.width // c.heads
+    rows = []
+    for length in LENGTHS:
+        shapes = {"prompt": (1, length, "causal"), "step": (STATIC, 5, torch.rand(STATIC, 1, 5, length) < 0.9)}
+        row = [str(length)]
+        for batch, queries, mask in shapes.values():
+            q = torch.randn(batch, c.heads, queries, width)
+            k, v = torch.randn(2, batch, c.heads, length, width)
+            works: dict[str, Callable[[], object]] = {
+                b: lambda b=b, q=q, k=k, v=v, mask=mask: attend(q, k, v, mask, b) for b in (Backend.SDPA, Backend.MATH)
+            }
+            row += [f"{ms:.2f}" for ms in in_turn(works, 20).values()]
+        rows.append(row)
+    bench.table("attention", ["places", "prompt, sdpa: CPU ms", "math", "step, sdpa: CPU ms", "math"], rows)
+
+
+async def measure_precision(bench: Bench) -> None:
+    """The same captions and answers, of new images and again of the same ones, in turn."""
+    models = {p: Perceiver.load(bench.weights, precision=p) for p in ("float32", "bfloat16", "int8")}
+    spent: dict[str, tuple[list[float], list[float]]] = {p: ([], []) for p in models}
+    for turn in range(max(bench.requests // 12, 3) + 1):
+        asked = [Query(r.task, image, text=r.text) for image in (bench.fresh() for _ in range(8)) for r in WORDS[:2]]
+        for name, model in models.items():
+            for times in spent[name]:
+                run = timed(lambda model=model, asked=asked: len(model.answer(asked)))
+                if turn:
+                    times.append(run.cpu_ms)
+    rows = []
+    for name, (fresh, known) in spent.items():
+        plan = models[name].plan
+        held = [f"{size / 2**20:.0f}" for size in (plan.weights, plan.slots)]
+        rows.append([name, *held, f"{median(fresh):.1f}", f"{median(known):.1f}"])
+    header = ["precision", "weights MiB", "slots MiB", "captions and answers, new images: CPU ms each", "known images"]
+    bench.table("precision", header, rows)
 
 
 async def measure_generate(bench: Bench) -> None:
@@ -370,7 +457,8 @@ async def measure_generate(bench: Bench) -> None:
 
 TABLES: dict[str, Callable[[Bench], Coroutine[Any, Any, None]]] = {
     "callers": measure_callers, "bulk": measure_bulk, "mixed": measure_mixed, "tools": measure_tools,
-    "parts": measure_parts, "generate": measure_generate,
+    "parts": measure_parts, "attention": measure_attention, "precision": measure_precision,
+    "generate": measure_generate,
 }  # fmt: skip
 
 

@@ -8,14 +8,16 @@ It needs torch and this project's model code, nothing else. Times are the median
   machine   the rate of matrix products and the memory bandwidth
   encode    all views of new images, at several batch sizes
   prefill   captions' visual part and prompt, under all views
-  steps     one token of every caption, at 1 to 64 at a time, against the time it takes to read the weights, keys and
-            values once; and against one sequence at a time
-  parts     a step of a third of the sequences to each of three experts; prefixes without MDA
+  steps     one token of every caption, at 1 to 64 at a time, as a replayed graph and kernel by kernel, against the time
+            it takes to read the weights, keys and values once; and against one sequence at a time
+  parts     a step with weights in eight bits; of a third of the sequences to each of three experts, which is never a
+            graph; prefixes without MDA; tiles that come from pinned memory and from any
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import statistics
@@ -28,9 +30,11 @@ from pathlib import Path
 import torch
 
 from model_server.model.config import EXPERTS, ModelConfig, debug, nano
+from model_server.model.int8 import quantise
 from model_server.model.rsvlm import RSVLM
 from model_server.model.seen import Seen, prefixes, see
 from model_server.model.slots import Lane, Prefix, prefill
+from model_server.model.transfer import sent
 
 BATCHES = (1, 4, 16, 64)
 CONFIGS: dict[str, Callable[[], ModelConfig]] = {"nano": nano, "debug": debug}
@@ -116,12 +120,13 @@ def measure_prefill(bench: Bench) -> None:
     bench.table("prefill", ["captions at a time", "ms", "captions/s"], rows)
 
 
-def lane_of(bench: Bench, model: RSVLM, experts: Sequence[int]) -> Lane:
+def lane_of(bench: Bench, model: RSVLM, experts: Sequence[int], static: bool | None = None) -> Lane:
     """With a caption under way for each of `experts`, none of which ends."""
     banned = torch.zeros(model.config.decoder.vocab_size, dtype=torch.bool, device=bench.device)
     banned[0] = True  # the token that ends
     lane = Lane(model, sequences=len(experts), views=model.config.views, prompt=model.visual_tokens + 1, beams=BEAMS,
-                steps=max(STEPS, bench.repeats + 4), end=0, banned=banned, length_power=0.0)  # fmt: skip
+                steps=max(STEPS, bench.repeats + 4), end=0, banned=banned, length_power=0.0,
+                static=static)  # fmt: skip
     (one,) = see(model, bench.images(1))
     prompts = {expert: prefill(model, prefixes_of(model, [one], expert), 1, None) for expert in set(experts)}
     for i, expert in enumerate(experts):
@@ -136,13 +141,15 @@ def measure_steps(bench: Bench, bandwidth: float) -> None:
     for batch in BATCHES:
         lane = lane_of(bench, bench.model, [0] * batch)
         ms = bench.milliseconds(lane.step)
+        eager = bench.milliseconds(lane_of(bench, bench.model, [0] * batch, static=False).step)
         alone = alone or ms
         places = bench.model.visual_tokens + 1 + BEAMS * bench.repeats // 2
         held = batch * Lane.nbytes(bench.model, bench.config.views, places, BEAMS, 1)
         limit = 1000 * (weights + held) / bandwidth
         rate = [f"{1000 * batch / ms:.0f}", f"{alone * batch / ms:.1f}", f"{limit:.3f}", f"{limit / ms:.0%}"]
-        rows.append([str(batch), f"{ms:.2f}", *rate])
-    header = ["captions at a time", "ms a step", "tokens/s", "x one at a time", "ms to read all once", "of the limit"]
+        rows.append([str(batch), f"{ms:.2f}", f"{eager:.2f}", *rate])
+    header = ["captions at a time", "ms a step", "kernel by kernel", "tokens/s", "x one at a time",
+              "ms to read all once", "of the limit"]  # fmt: skip
     bench.table("steps", header, rows)
 
 
@@ -151,14 +158,22 @@ def measure_parts(bench: Bench) -> None:
     config = replace(bench.config, decoder=replace(bench.config.decoder, experts=EXPERTS))
     routed = Bench(config, bench.device, bench.dtype, bench.repeats)
     for name, experts in (("one expert", [0] * 15), ("three experts", [i % 3 for i in range(15)])):
-        ms = bench.milliseconds(lane_of(routed, routed.model, experts).step)
-        rows.append([f"a step of 15 captions, {name}", f"{ms:.2f}"])
+        ms = bench.milliseconds(lane_of(routed, routed.model, experts, static=False).step)
+        rows.append([f"a step of 15 captions, kernel by kernel, {name}", f"{ms:.2f}"])
+    small = copy.deepcopy(bench.model)
+    quantise(small)
+    for name, model in (("weights as they are", bench.model), ("weights in eight bits", small)):
+        ms = bench.milliseconds(lane_of(bench, model, [0] * 16).step)
+        rows.append([f"a step of 16 captions, {name}", f"{ms:.2f}"])
     plain = Bench(replace(bench.config, fusion=replace(bench.config.fusion, mda_layers=())), bench.device, bench.dtype,
                   bench.repeats)  # fmt: skip
     for name, one in (("with MDA", bench), ("without", plain)):
         seen = one.seen(16)
         ms = bench.milliseconds(lambda one=one, seen=seen: prefixes_of(one.model, seen))
         rows.append([f"prefixes of 16 images, {name}", f"{ms:.2f}"])
+    tiles = bench.images(16).cpu()
+    for name, move in (("pinned", lambda: sent(tiles, bench.device)), ("as they are", lambda: tiles.to(bench.device))):
+        rows.append([f"16 tiles to the device, {name}", f"{bench.milliseconds(move):.2f}"])
     bench.table("parts", ["what", "ms"], rows)
 
 
