@@ -95,6 +95,15 @@ def small() -> Perceiver:
     return Perceiver.load(DEFAULT_WEIGHTS, precision="int8")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_all_six_tasks_answer_on_a_gpu_as_on_a_processor_in_float32(exact: Perceiver, precision: str) -> None:
+    gpu = Perceiver.load(DEFAULT_WEIGHTS, "cuda", precision)
+    queries = of_all_tasks(scene("ordway_swisher_neon.tif"))
+    for answer, expected in zip(gpu.answer(queries), exact.answer(queries), strict=True):
+        assert_close(answer, expected, CONFIDENCE)
+
+
 class TestEightBits:
     def test_answers_in_words_are_those_of_float32(self, small: Perceiver, exact: Perceiver) -> None:
         queries = of_all_tasks(scene("ordway_swisher_neon.tif"))[:4] + of_all_tasks(scene("yellowstone_road.jpg"))[1:4]
