@@ -28,7 +28,8 @@ from model_server.model.experts import ROUTES, route
 from model_server.model.generate import Hypothesis
 from model_server.model.half import halve, halve_dense
 from model_server.model.int8 import quantise
-from model_server.model.packed import can_pack, pack, pack_decoder, pack_projections
+from model_server.model.packed import can_pack, pack_decoder, pack_projections
+from model_server.model.packed_vision import pack_backbone, pack_dense
 from model_server.model.seen import Seen, prefixes, see
 from model_server.model.slots import Lane, Prefix, prefill
 from model_server.model.transfer import sent
@@ -123,11 +124,11 @@ class Perceiver:
         self.sentences = Sentences(self.model, self.sentence_tokenizer)
         self.dense: DensePerceiver | None = None
         if can_pack(self.device, dtype):
-            pack(self.model.backbone.blocks)
+            pack_backbone(self.model.backbone)
             pack_decoder(self.model.decoder)
             pack_projections(self.model.sentence)
             if loaded.dense is not None:
-                pack(loaded.dense.blocks)
+                pack_dense(loaded.dense)
         if loaded.dense is not None:
             self.dense = DensePerceiver(
                 self.model.backbone, loaded.dense, loaded.dense_calibration, self.sentences.vectors, self.device,

@@ -184,6 +184,17 @@ def test_a_published_decoder_is_served_with_weights_in_eight_bits(spoken: Callab
     assert model.info.precision == "int8"
 
 
+def test_where_nothing_can_be_packed_all_six_tasks_answer_the_same(
+    exact: Perceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model_server.perceiver.can_pack", lambda *_: False)
+    plain = Perceiver.load(DEFAULT_WEIGHTS, precision="float32")
+    assert not any(type(m).__name__.startswith("Packed") for m in plain.model.modules())
+    queries = of_all_tasks(scene("ordway_swisher_neon.tif"))
+    for answer, expected in zip(plain.answer(queries), exact.answer(queries), strict=True):
+        assert_close(answer, expected, 0.001)
+
+
 def test_half_precision_is_packed_only_where_the_processor_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     assert not can_pack(torch.device("cpu"), torch.bfloat16)

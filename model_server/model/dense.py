@@ -60,13 +60,7 @@ def early_maps(backbone: Backbone, images: Tensor, shared: int) -> Maps:
     """
     if images.shape[-2] % COARSEST or images.shape[-1] % COARSEST:
         raise SizeError(f"sides are multiples of {COARSEST}, these are {tuple(images.shape[-2:])}; pad the image")
-    x = backbone.normalise(images).to(next(backbone.parameters()).dtype).to(memory_format=torch.channels_last)
-    x, maps = F.relu6(backbone.stem(x)), {}
-    for i in range(shared):
-        x = backbone.blocks[i](x)
-        if backbone.strides[i] >= STRIDE:
-            maps[backbone.strides[i]] = x
-    return maps
+    return backbone.first_maps(images, shared)
 
 
 class ConvGroup(nn.Sequential):

@@ -24,6 +24,9 @@ def square(image: np.ndarray, side: int) -> Tensor:
     return x[0].contiguous()
 
 
+FINE = 8  # the coarsest stride of what counts as large maps
+
+
 class SameConv(nn.Conv2d):
     """Convolution with TensorFlow's SAME padding: output side = ceil(input side / stride).
 
@@ -110,6 +113,7 @@ class Backbone(nn.Module):
         last = {s: i for i, s in enumerate(strides)}
         self.taps = {i: s for s, i in last.items() if s >= 4}  # block index -> stride
         self.widths = {s: config.blocks[i][3] for i, s in self.taps.items()}  # stride -> channels
+        self.together: int | None = None  # pixels that go through the blocks of large maps at a time; None = all
 
     def normalise(self, images: Tensor) -> Tensor:  # uint8 [B, 3, H, W] -> float [B, 3, H, W]
         return (images.float() - self.config.input_mean) / self.config.input_std
@@ -131,10 +135,29 @@ class Backbone(nn.Module):
         pooled = F.relu6(self.head(x)).mean((2, 3))  # [B, head]
         return maps, pooled
 
+    def first_maps(self, images: Tensor, until: int) -> dict[int, Tensor]:
+        """uint8 [B, 3, H, W] -> maps of the strides from 4 that end within blocks 0 .. until-1, and that of the last of
+        these; `together` pixels at a time where it is set."""
+        pixels = images.shape[-2] * images.shape[-1]
+        size = len(images) if self.together is None else max(self.together // pixels, 1)
+        parts = [self._first_maps(part, until) for part in images.split(max(size, 1))]
+        return parts[0] if len(parts) == 1 else {s: torch.cat([part[s] for part in parts]) for s in parts[0]}
+
+    def _first_maps(self, images: Tensor, until: int) -> dict[int, Tensor]:
+        x = self.normalise(images).to(next(self.parameters()).dtype).to(memory_format=torch.channels_last)
+        x, maps = F.relu6(self.stem(x)), {}
+        for block, stride in zip(self.blocks[:until], self.strides, strict=False):
+            x = block(x)
+            if stride >= 4:
+                maps[stride] = x  # [B, C_s, H/s, W/s]
+        return maps
+
     def forward(self, images: Tensor) -> tuple[dict[int, Tensor], Tensor]:
         """uint8 [B, 3, H, W] -> {stride: [B, C_s, H/s, W/s]} at strides 4, 8, 16, 32, and pooled [B, head]."""
-        x = self.normalise(images).to(next(self.parameters()).dtype).to(memory_format=torch.channels_last)
-        return self.late(F.relu6(self.stem(x)), 0)
+        fine = sum(stride <= FINE for stride in self.strides)
+        maps = self.first_maps(images, fine)
+        more, pooled = self.late(maps[max(maps)], fine)
+        return maps | more, pooled
 
     def fold_norms(self) -> Self:
         """Fold every batch norm into its convolution, in place."""

@@ -9,26 +9,10 @@ import torch
 from torch import nn
 
 from model_server.model.config import debug
-from model_server.model.packed import PackedLinear, PackedResidual, can_pack, pack, pack_decoder, pack_projections
+from model_server.model.packed import PackedLinear, can_pack, pack_decoder, pack_projections
 from model_server.model.rsvlm import RSVLM
-from model_server.model.vision import ConvNorm, InvertedResidual
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.device("cpu")), reason="this build of PyTorch has no fused kernels")
-
-
-@pytest.mark.parametrize(("stride", "kernel", "expansion"), [(1, 3, 6), (1, 5, 1), (2, 3, 6), (2, 5, 2)])
-@torch.inference_mode()
-def test_a_packed_block_equals_the_plain_one_at_even_and_odd_sides(stride: int, kernel: int, expansion: int) -> None:
-    plain = InvertedResidual(8, 8, expansion, kernel, stride).eval()
-    for part in plain.modules():
-        if isinstance(part, ConvNorm):
-            part.fold()
-    packed = nn.ModuleList([plain])
-    pack(packed)
-    assert isinstance(packed[0], PackedResidual)
-    for sides in ((16, 24), (15, 16), (16, 13), (7, 9)):
-        x = torch.randn(2, 8, *sides).to(memory_format=torch.channels_last)
-        torch.testing.assert_close(packed[0](x), plain(x), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 12, 100])
