@@ -50,6 +50,7 @@ from model_server.engine import Engine
 from model_server.model.attention import attend
 from model_server.model.backends import Backend
 from model_server.model.config import EXPERTS, StacksConfig, nano
+from model_server.model.int8 import Int8Linear
 from model_server.model.packed import PackedLinear, can_pack
 from model_server.model.rsvlm import RSVLM
 from model_server.model.seen import prefixes, see
@@ -421,6 +422,24 @@ async def measure_precision(bench: Bench) -> None:
         rows.append([name, *held, f"{median(fresh):.1f}", f"{median(known):.1f}"])
     header = ["precision", "weights MiB", "slots MiB", "captions and answers, new images: CPU ms each", "known images"]
     bench.table("precision", header, rows)
+    measure_layer(bench)
+
+
+@torch.inference_mode()
+def measure_layer(bench: Bench, width: int = 4096) -> None:
+    """One layer as wide as those of a model of 7 to 8 billion parameters, whose weights leave the caches."""
+    weight = torch.randn(width, width).bfloat16() / width**0.5
+    layers = {
+        "bfloat16": lambda x: torch.nn.functional.linear(x, weight), "packed": PackedLinear(weight),
+        "eight bits": Int8Linear(weight),
+    }  # fmt: skip
+    rows = []
+    for count in (1, 4, 16, 48, 192):
+        x = torch.randn(count, width).bfloat16()
+        works = {name: lambda layer=layer, x=x: layer(x) for name, layer in layers.items()}
+        rows.append([str(count), *(f"{ms:.2f}" for ms in in_turn(works, 12).values())])
+    header = [f"rows of {width}, bfloat16", *(f"{name}: CPU ms" for name in layers)]
+    bench.table("precision: a layer", header, rows)
 
 
 async def measure_generate(bench: Bench) -> None:
