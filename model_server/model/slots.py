@@ -18,7 +18,7 @@ from model_server.model.attention import KVCache
 from model_server.model.generate import Beams, Hypothesis, candidates, continuations
 from model_server.model.injection import StepDetails
 from model_server.model.rsvlm import RSVLM, Features, Questions
-from model_server.model.static_steps import StaticSteps
+from model_server.model.static_steps import StaticSteps, as_graph
 from model_server.model.transfer import sent
 
 
@@ -178,8 +178,9 @@ class Lane:
         self._slots = _Slots(c.layers, sequences * views, self.length, c.kv_heads, c.width // c.heads, like)
         self._visible = torch.zeros(sequences, beams, self.length, dtype=torch.bool, device=like.device)
         self._seats: list[_Seat] = []
-        static = like.device.type == "cuda" if static is None else static
-        self._static = StaticSteps(self._write_static, sequences, like.device) if static else None
+        gpu = like.device.type == "cuda"
+        fixed = StaticSteps(self._write_static, sequences, like.device, as_graph if gpu else None)
+        self._static = fixed if static or (gpu and static is None) else None
 
     def __len__(self) -> int:
         return len(self._seats)

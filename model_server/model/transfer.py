@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 
+def staged(values: Tensor, device: torch.device) -> Tensor:
+    """The same on the host, for a GPU in pinned memory: from there it fetches them while the host goes on."""
+    return values.pin_memory() if device.type == "cuda" else values
+
+
 def sent(values: Tensor, device: torch.device) -> Tensor:
-    """The same on a device. A GPU fetches them from pinned memory while the host goes on; they are not to be changed
-    here meanwhile."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+    """The same on a device, as soon as it gets there; who uses them there waits by itself."""
+    return staged(values, device).to(device, non_blocking=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 import pytest
@@ -46,9 +46,9 @@ def prefix_of(model: RSVLM, image: int, expert: int) -> Prefix:
 
 
 @torch.inference_mode()
-def written(model: RSVLM, static: bool | None, experts: list[int]) -> dict[Hashable, list[Hypothesis]]:
+def written(lane: Lane, experts: list[int]) -> dict[Hashable, list[Hypothesis]]:
     """One sequence joins at each step while there is a place; one of them is dropped on its way."""
-    lane, said = lane_of(model, static), {}
+    model, said = lane.model, {}
     coming = list(range(COMING))
     while coming or len(lane):
         if coming and lane.free:
@@ -70,11 +70,40 @@ def assert_same(found: dict[Hashable, list[Hypothesis]], expected: dict[Hashable
 @pytest.mark.parametrize("experts", [[0], [2], [0, 1, 2]], ids=str)
 def test_static_steps_write_what_cut_steps_write_whoever_joins_and_leaves(experts: list[int]) -> None:
     model = model_on("cpu")
-    expected = written(model, False, experts)
+    expected = written(lane_of(model, False), experts)
     assert 1 not in expected
     assert len(expected) == COMING - 1
     assert len({len(h.ids) for hypotheses in expected.values() for h in hypotheses}) > 2
-    assert_same(written(model, True, experts), expected)
+    assert_same(written(lane_of(model, True), experts), expected)
+    replayed = lane_of(model, True)
+    assert replayed._static is not None
+    replayed._static._capture = again
+    assert_same(written(replayed, experts), expected)
+    assert {bucket for bucket, _ in replayed._static._steps} == ({1, 2, 4, 5} if len(experts) == 1 else {1})
+
+
+def again(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Stands in for a graph: reads and writes the same tensors each time, and does nothing when it is made."""
+    found = torch.empty(0, dtype=torch.double)
+
+    def replay() -> None:
+        new = work()
+        found.resize_as_(new).copy_(new)
+
+    return replay, found
+
+
+def test_where_a_step_cannot_be_captured_steps_go_on_without(caplog: pytest.LogCaptureFixture) -> None:
+    def fails(_: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    model = model_on("cpu")
+    lane = lane_of(model, True)
+    assert lane._static is not None
+    lane._static._capture = fails
+    assert_same(written(lane, [0]), written(lane_of(model, False), [0]))
+    assert len(caplog.records) == 1
+    assert "cannot be captured" in caplog.text
 
 
 def test_steps_have_few_shapes_and_padding_is_no_answer() -> None:
@@ -84,7 +113,7 @@ def test_steps_have_few_shapes_and_padding_is_no_answer() -> None:
         shapes.append(tuple(told.shape))
         return told * 2 + expert
 
-    steps = StaticSteps(write, 5, torch.device("cpu"))
+    steps = StaticSteps(write, 5, torch.device("cpu"), None)
     for n in (1, 2, 3, 4, 5):
         told = torch.rand(n, 5, 3)
         torch.testing.assert_close(steps(told, 1), told * 2 + 1)
@@ -105,7 +134,10 @@ def test_nothing_in_a_static_step_asks_for_a_value_of_the_device() -> None:
 @pytest.mark.parametrize("experts", [[0], [2], [0, 1, 2]], ids=str)
 def test_replayed_graphs_write_what_eager_steps_write(experts: list[int]) -> None:
     model = model_on("cuda")
-    assert_same(written(model, None, experts), written(model, False, experts))
+    replayed = lane_of(model, None)
+    assert_same(written(replayed, experts), written(lane_of(model, False), experts))
+    assert replayed._static is not None
+    assert replayed._static._capture is not None, "capturing failed"
 
 
 @needs_cuda
