@@ -317,7 +317,7 @@ async def measure_parts(bench: Bench) -> None:
         rows.append([f"16 callers on 16 images, {name}", *run.columns()])
     bench.perceiver.cache.limit = limit
     bench.table("parts: cache", ["what", *COLUMNS], rows)
-    steps, prompts = part_costs()
+    steps, prompts = part_costs(max(bench.requests // 4, 12))
     rows = [[name, f"{ms:.1f}"] for name, ms in steps.items()]
     bench.table("parts: steps", ["a step of 16 answers, random weights of nano", "CPU ms"], rows)
     rows = [[name, f"{ms:.1f}"] for name, ms in prompts.items()]
@@ -339,7 +339,7 @@ def variants() -> dict[str, RSVLM]:
 
 
 @torch.inference_mode()
-def part_costs(repeats: int = 12) -> tuple[dict[str, float], dict[str, float]]:
+def part_costs(repeats: int) -> tuple[dict[str, float], dict[str, float]]:
     """CPU milliseconds, the median of runs taken in turn: of a step of 16 answers, and of the decoder's visual part."""
     models, image = variants(), None
     lanes: dict[str, Lane] = {}
