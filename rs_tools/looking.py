@@ -155,8 +155,9 @@ async def stream(
     try:
         async with limit:
             await _report(progress, seen)
-            while tiles := await ahead:
-                ahead = loop.run_in_executor(thread, next, batches, None)
+            while seen.done < seen.total and (tiles := await ahead):
+                if seen.done + len(tiles) < seen.total:
+                    ahead = loop.run_in_executor(thread, next, batches, None)
                 pictures = [picture for tile in tiles for picture in tile.pictures]
                 regions = [tile.region for tile in tiles if tile.pictures]
                 told = partial(ask, pictures, regions)
@@ -207,7 +208,10 @@ def _taken(tiles: Sequence[_Tile], answers: Sequence[_A | None], first: int) -> 
 
 
 def _batches(scene: Scene | Pair, looks: Looks, size: int, stopped: threading.Event) -> Generator[list[_Tile]]:
-    """Tiles in order, `size` with data at a time. Everything happens in the thread that asks for the next."""
+    """Tiles in order, `size` with data at a time, the last ones when the scene is closed.
+
+    Everything happens in the thread that asks for the next.
+    """
     batch: list[_Tile] = []
     windows = looks.windows
     with scene.reader(windows) as read:
@@ -217,12 +221,12 @@ def _batches(scene: Scene | Pair, looks: Looks, size: int, stopped: threading.Ev
             overview = index == 0 and looks.overview is not None
             batch.append(_tile(region, overview, read(region, out_size)))
             with_data = sum(bool(tile.pictures) for tile in batch)
-            if with_data == size or len(batch) - with_data == _EMPTY_PER_BATCH:
+            full = with_data == size or len(batch) - with_data == _EMPTY_PER_BATCH
+            if full and index + 1 < len(windows):
                 give_back()
                 yield batch
                 batch = []
-    if batch:
-        yield batch
+    yield batch
 
 
 def _tile(region: Region, overview: bool, read: Pixels | PairPixels) -> _Tile:

@@ -48,8 +48,8 @@ class Pixels(NamedTuple):
     valid: np.ndarray
 
     def cut(self, rows: slice, columns: slice) -> Pixels:
-        """A part of the window: the same memory."""
-        return Pixels(self.rgb[rows, columns], self.valid[rows, columns])
+        """A part of the window, with colours of its own, as a model takes them."""
+        return Pixels(self.rgb[rows, columns].copy(), self.valid[rows, columns])
 
 
 class ReadWindow(Protocol):
@@ -183,8 +183,7 @@ class Scene:
         scene may be used side by side.
 
         Args:
-            windows: what will be read, in order, as far as it is known: neighbours are read together. They share
-                memory then and cannot be written to.
+            windows: what will be read, in order, as far as it is known: neighbours are read together.
 
         Raises:
             AccessError, ImageError: as `read`, on entering or from any call inside the `with` block.
@@ -233,8 +232,6 @@ class _Reading:
         if self._pixels is None or self._whole != whole:
             self._whole, self._pixels = whole, None  # the one before is free now
             self._pixels = self._read(whole, (right - left, bottom - top))
-            for shared in self._pixels:
-                shared.flags.writeable = False
         x1, y1, x2, y2 = region
         return self._pixels.cut(slice(y1 - top, y2 - top), slice(x1 - left, x2 - left))
 
@@ -315,7 +312,8 @@ def _digest(file: ByteSource, stamp: Stamp) -> str:
     if isinstance(file, RemoteFile):
         digest.update(stamp.identity.encode() + file.read_at(0, _DIGEST_CHUNK))
     elif file.size <= _DIGEST_CHUNK * _DIGEST_CHUNKS:
-        digest.update(file.read_at(0, file.size))
+        for offset in range(0, file.size, _DIGEST_CHUNK):
+            digest.update(file.read_at(offset, _DIGEST_CHUNK))
     else:
         for i in range(_DIGEST_CHUNKS):
             digest.update(file.read_at((file.size - _DIGEST_CHUNK) * i // (_DIGEST_CHUNKS - 1), _DIGEST_CHUNK))

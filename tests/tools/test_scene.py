@@ -220,14 +220,13 @@ def test_windows_told_beforehand_are_read_as_single_ones_are(
     with scene.reader(windows) as read:
         found = [read(*window) for window in windows]
         found.append(read((1, 1, 9, 9), (8, 8)))  # nobody told of this one
+    found[1].rgb[:] = 0  # no window shares another's colours
     windows.append(((1, 1, 9, 9), (8, 8)))
     for window, one in zip(windows, found, strict=True):
         single = scene.read(*window)
-        np.testing.assert_array_equal(one.rgb, single.rgb)
         np.testing.assert_array_equal(one.valid, single.valid)
-    if most > 2500:
-        with pytest.raises(ValueError, match="read-only"):
-            found[1].rgb[:] = 0  # its neighbours show the same memory
+        if one is not found[1]:
+            np.testing.assert_array_equal(one.rgb, single.rgb)
 
 
 def test_neighbours_are_read_together_within_bounds() -> None:
