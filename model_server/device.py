@@ -21,7 +21,7 @@ from model_server.resident import Resident, Stepper
 
 logger = logging.getLogger(__name__)
 
-DENSE_COST = 4  # places in a batch of a tile whose pixels are answered: it takes about so many times as long
+DENSE_PIXELS = 2**16  # of a tile whose pixels are answered; with so many it takes as long as to encode a new tile
 CANDIDATES = 16  # queries looked at for one pass: those about known images cost little, so that many go together
 ALL_AT_ONCE = 16  # queries of a model that answers batches as a whole
 _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")  # what a RuntimeError says of it
@@ -81,8 +81,9 @@ class Device:
     """One model on one device.
 
     Args:
-        places: new tiles in one pass, where one that is answered pixel by pixel takes `DENSE_COST`; bulk passes have
-            half, so that an interactive request does not wait long for them to end. None = what suits the model.
+        places: new tiles in one pass, where one that is answered pixel by pixel takes a place for each `DENSE_PIXELS`;
+            bulk passes have half, so that an interactive request does not wait long for them to end. None = what suits
+            the model.
     """
 
     def __init__(self, resident: Resident, places: int | None = None) -> None:
@@ -134,7 +135,7 @@ class Device:
         left = self.places[priority]
         for n, query in enumerate(queries):
             if self.model.fresh(query):
-                left -= query.tiles * (DENSE_COST if query.task in DENSE_TASKS else 1)
+                left -= _places(query)
             if left < 0 and n:
                 return n
         return len(queries)
@@ -186,6 +187,12 @@ class Device:
         except Exception as error:  # whatever the model raises: this query is told
             self.model.drop(outcome)
             return _failed(query, error)
+
+
+def _places(query: Query) -> int:
+    """Places of a pass that it takes if its image is new."""
+    height, width = query.image.shape[:2]
+    return query.tiles * (max(round(height * width / DENSE_PIXELS), 1) if query.task in DENSE_TASKS else 1)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

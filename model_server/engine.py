@@ -54,8 +54,8 @@ class Engine:
 
     Args:
         load: makes the model, warmed up; runs in the worker thread.
-        max_batch: places in one pass: new tiles, where one that is answered pixel by pixel takes `device.DENSE_COST` of
-            them; half as many of bulk work. None = what suits the model.
+        max_batch: places in one pass: new tiles, where one that is answered pixel by pixel takes a place for each
+            `device.DENSE_PIXELS`; half as many of bulk work. None = what suits the model.
         max_waiting: most tiles in the queue, of each priority; a request beyond it is refused with `EngineBusy`. A
             named caller may have half of them.
     """

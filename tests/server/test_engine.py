@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from scripted import GUILTY, ScriptedPerceiver, tile
 
@@ -73,17 +74,30 @@ async def test_every_field_of_a_dense_request_reaches_the_model(engine: Engine) 
     assert (masks.labels, masks.known, masks.probabilities.shape) == (["road", "sea"], [True, True], (2, 4, 4))
 
 
-async def test_dense_tiles_take_more_places_of_a_batch_so_that_short_questions_do_not_wait_long(
+async def test_large_dense_tiles_take_more_places_of_a_batch_so_that_short_questions_do_not_wait_long(
     engine: Engine, perceiver: ScriptedPerceiver
 ) -> None:
     first = await hold_device(engine, perceiver)
     ground = PerceiveRequest(task="ground", text="ship")
-    large = asyncio.create_task(engine.perceive(ground, [tile(1), tile(2), tile(3)]))
+    large = asyncio.create_task(engine.perceive(ground, [np.full((512, 512, 3), i, np.uint8) for i in (1, 2, 3)]))
     short = asyncio.create_task(engine.perceive(CAPTION, [tile(9)]))
     await until(lambda: engine.waiting == 4)
     perceiver.gate.set()
     await asyncio.gather(first, large, short)
-    assert perceiver.batches == [[0], [1], [9], [2], [3]]  # of four places, a dense tile takes all
+    assert perceiver.batches == [[0], [1], [9], [2], [3]]  # of four places, so large a tile takes all
+
+
+async def test_small_dense_tiles_share_a_batch_with_short_questions(
+    engine: Engine, perceiver: ScriptedPerceiver
+) -> None:
+    first = await hold_device(engine, perceiver)
+    ground = PerceiveRequest(task="ground", text="ship")
+    boxes = asyncio.create_task(engine.perceive(ground, [tile(1), tile(2)]))
+    short = asyncio.create_task(engine.perceive(CAPTION, [tile(9)]))
+    await until(lambda: engine.waiting == 3)
+    perceiver.gate.set()
+    await asyncio.gather(first, boxes, short)
+    assert perceiver.batches == [[0], [1, 9, 2]]
 
 
 async def test_a_task_that_the_model_has_no_part_for_is_refused_and_the_others_are_served(
