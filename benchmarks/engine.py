@@ -13,6 +13,7 @@ Tables:
   tools     each tool alone and after the other five on one image; six on one image against the same on six images
   parts     the cache, routing (experts mixed in one step against one for all), injection and MDA switched off; a step
             of fixed shapes, as a GPU does it
+  compile   a step's decoder through `torch.compile`, which needs a C++ compiler
   attention the backends that need no GPU, at several lengths
   precision float32, bfloat16 and weights in eight bits
   generate  captions of one view, greedy, against `transformers.generate` with the decoder exported as a Llama
@@ -51,7 +52,7 @@ from model_server.model.attention import attend
 from model_server.model.backends import Backend
 from model_server.model.config import EXPERTS, StacksConfig, nano
 from model_server.model.int8 import Int8Linear
-from model_server.model.packed import PackedLinear, can_pack
+from model_server.model.packed import PackedLinear, can_pack, pack_decoder
 from model_server.model.rsvlm import RSVLM
 from model_server.model.seen import prefixes, see
 from model_server.model.slots import Lane, prefill
@@ -384,6 +385,27 @@ def in_turn(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str
     return {name: median(times) for name, times in spent.items()}
 
 
+async def measure_compile(bench: Bench) -> None:
+    with torch.no_grad():
+        compare_compiled(bench)
+
+
+def compare_compiled(bench: Bench) -> None:
+    """80 rows through the decoder, as a step of 16 answers has them, without keys and values of before."""
+    plain, packed = RSVLM(nano()).eval().decoder, RSVLM(nano()).eval().decoder
+    pack_decoder(packed)
+    compiled = torch.compile(plain.forward)
+    x, at = torch.randn(STATIC, 5, plain.config.width), torch.full((STATIC, 5), 80)
+    expert = torch.zeros(STATIC, dtype=torch.long)
+    started = time.perf_counter()
+    compiled(x, at, None, expert)
+    seconds = time.perf_counter() - started
+    kinds = {"plain": plain.forward, "packed, as served": packed.forward, "torch.compile": compiled}
+    found = in_turn({name: lambda run=run: run(x, at, None, expert) for name, run in kinds.items()}, 30)
+    rows = [[name, f"{ms:.1f}", f"{seconds:.0f}" if name == "torch.compile" else ""] for name, ms in found.items()]
+    bench.table("compile", ["80 rows through the decoder of nano", "CPU ms", "s to compile"], rows)
+
+
 async def measure_attention(bench: Bench) -> None:
     """Those that need no GPU, with heads as in nano. Prompts are causal and alone; a step has 16 answers of 5
     hypotheses and a mask."""
@@ -476,7 +498,7 @@ async def measure_generate(bench: Bench) -> None:
 
 TABLES: dict[str, Callable[[Bench], Coroutine[Any, Any, None]]] = {
     "callers": measure_callers, "bulk": measure_bulk, "mixed": measure_mixed, "tools": measure_tools,
-    "parts": measure_parts, "attention": measure_attention, "precision": measure_precision,
+    "parts": measure_parts, "compile": measure_compile, "attention": measure_attention, "precision": measure_precision,
     "generate": measure_generate,
 }  # fmt: skip
 
