@@ -37,16 +37,25 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, expert: Tensor,
                 cache: KVCache | None, layer: int) -> Tensor:  # fmt: skip
         """x [B, T, W] -> [B, T, W]; mask bool [B, 1, T, S], "causal", or None = look at everything."""
+        q, k, v = self._heads(x, rope)
+        if cache is not None:
+            k, v = cache.write(layer, k, v)
+        y = attend(q, k, v, mask).transpose(1, 2).reshape(x.shape)
+        x = x + F.dropout(self.out(y), self.dropout, self.training)
+        return x + F.dropout(self.experts(self.norm2(x), expert), self.dropout, self.training)
+
+    def remember(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, layer: int) -> None:
+        """Write the keys and values of x [B, T, W]."""
+        _, k, v = self._heads(x, rope)
+        cache.write(layer, k, v)
+
+    def _heads(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, heads, T, d]."""
         b, t, w = x.shape
         kv = self.kv_heads * self.head_width
         q, k, v = self.qkv(self.norm1(x)).split([w, kv, kv], -1)
-        q, k, v = (y.view(b, t, -1, self.head_width).transpose(1, 2) for y in (q, k, v))  # [B, heads, T, d]
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:
-            k, v = cache.write(layer, k, v)
-        y = attend(q, k, v, mask).transpose(1, 2).reshape(b, t, w)
-        x = x + F.dropout(self.out(y), self.dropout, self.training)
-        return x + F.dropout(self.experts(self.norm2(x), expert), self.dropout, self.training)
+        q, k, v = (y.view(b, t, -1, self.head_width).transpose(1, 2) for y in (q, k, v))
+        return rotate(q, *rope), rotate(k, *rope), v
 
 
 class Decoder(nn.Module):
@@ -78,15 +87,33 @@ class Decoder(nn.Module):
         c = self.config
         rope = rotary_table(positions, c.width // c.heads, c.rope_base, c.rope_sections)
         for layer, block in enumerate(self.blocks):
-            if windows is not None and str(layer) in self.mda:
-                n = next(iter(windows.values())).shape[1]
-                x = torch.cat((self.mda[str(layer)](x[:, :n], windows), x[:, n:]), 1)
-            if details is not None and str(layer) in self.inject:
-                x = self.inject[str(layer)](x, details)
-            x = block(x, rope, mask, expert, cache, layer)
+            x = block(self._looked(x, layer, windows, details), rope, mask, expert, cache, layer)
         if cache is not None:
             cache.advance(x.shape[1])
         return self.norm(x)
+
+    def remember(self, x: Tensor, positions: Tensor, mask: Mask, expert: Tensor, windows: Windows | None,
+                 cache: KVCache, details: Details | None = None) -> None:  # fmt: skip
+        """Fill a cache as `forward` does, where nobody wants hidden states: the last block's own are not made."""
+        c = self.config
+        rope = rotary_table(positions, c.width // c.heads, c.rope_base, c.rope_sections)
+        for layer, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            x = self._looked(x, layer, windows, details)
+            if layer == c.layers - 1:
+                block.remember(x, rope, cache, layer)
+            else:
+                x = block(x, rope, mask, expert, cache, layer)
+        cache.advance(x.shape[1])
+
+    def _looked(self, x: Tensor, layer: int, windows: Windows | None, details: Details | StepDetails | None) -> Tensor:
+        """x after its visual tokens have looked at the image again, where they do so before this layer."""
+        if windows is not None and str(layer) in self.mda:
+            n = next(iter(windows.values())).shape[1]
+            x = torch.cat((self.mda[str(layer)](x[:, :n], windows), x[:, n:]), 1)
+        if details is not None and str(layer) in self.inject:
+            x = self.inject[str(layer)](x, details)
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., W] -> [..., vocabulary]."""

@@ -80,7 +80,9 @@ def visual_prefix(model: RSVLM, features: Features, expert: int) -> Prefix:
     cache = KVCache(c.layers, b, c.kv_heads, p, c.width // c.heads, features.visual)
     positions = torch.arange(p, device=features.visual.device).expand(b, p)
     details = model.details(features)
-    model.decoder(features.visual, positions, None, torch.full((b,), expert), features.windows, cache, details)
+    model.decoder.remember(
+        features.visual, positions, None, torch.full((b,), expert), features.windows, cache, details
+    )
     return Prefix(cache.data, expert, None if details is None else details.steps)
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from model_server.checkpoints.store import Checkpoint, load_checkpoint
+from model_server.model.attention import KVCache
 from model_server.model.generate import beam_search
 from model_server.model.seen import prefixes, see
-from model_server.model.slots import Lane, Prefix, prefill
+from model_server.model.slots import Lane, Prefix, prefill, visual_prefix
 
 STEPS, BEAMS, POWER = 9, 3, 0.3
 
@@ -49,6 +50,18 @@ def test_sequences_that_join_one_by_one_are_written_as_a_batch_of_them_is(loaded
     for i, expected in enumerate(batch):
         assert [h.ids for h in said[i]] == [h.ids for h in expected]
         assert [h.logprob for h in said[i]] == pytest.approx([h.logprob for h in expected], abs=1e-3)
+
+
+@torch.inference_mode()
+def test_a_prefix_holds_the_keys_and_values_of_a_whole_pass_through_the_decoder(loaded: Checkpoint) -> None:
+    model, c = loaded.model, loaded.model.config.decoder
+    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    features, expert = model.encode(images), torch.zeros(3, dtype=torch.long)
+    cache = KVCache(c.layers, 3, c.kv_heads, model.visual_tokens, c.width // c.heads, features.visual)
+    places = torch.arange(model.visual_tokens).expand(3, -1)
+    model.decoder(features.visual, places, None, expert, features.windows, cache)
+    assert model.config.fusion.mda_layers == (c.layers - 1,)  # the last block is preceded by a look at the maps
+    torch.testing.assert_close(visual_prefix(model, features, 0).keys, cache.data)
 
 
 @torch.inference_mode()
