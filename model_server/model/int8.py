@@ -21,7 +21,8 @@ from model_server.model.rsvlm import RSVLM
 
 FEW_ROWS = 16  # up to so many PyTorch's own CPU kernel is the faster way
 KERNEL_STEP = 32
-TILE = 2**20  # weights that are widened at a time
+TILE = 2**20  # weights that are widened at a time: they stay in a processor's caches
+GPU_TILE = 2**24  # on a GPU, which smaller products would not fill
 
 
 class Int8Linear(nn.Module):
@@ -50,7 +51,8 @@ class Int8Linear(nn.Module):
         if self._has_kernel and rows.dtype == torch.bfloat16 and len(rows) <= FEW_ROWS:
             ones = torch.ones(len(self.weight), dtype=rows.dtype)  # it would want the scales in bfloat16
             return torch.ops.aten._weight_int8pack_mm(rows.contiguous(), self.weight, ones)
-        tiles = self.weight.split(max(TILE // self.weight.shape[1], 1))
+        tile = TILE if rows.device.type == "cpu" else GPU_TILE
+        tiles = self.weight.split(max(tile // self.weight.shape[1], 1))
         return torch.cat([F.linear(rows, tile.to(rows.dtype)) for tile in tiles], -1)
 
 

@@ -51,7 +51,8 @@ def test_outputs_are_off_by_no_more_than_half_a_step_of_every_weight(
 
 @pytest.mark.parametrize("device", DEVICES)
 @torch.inference_mode()
-def test_few_rows_many_rows_and_several_tiles_compute_the_same(device: str) -> None:
+def test_few_rows_many_rows_and_several_tiles_compute_the_same(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model_server.model.int8.GPU_TILE", TILE)
     plain = layer(2048, TILE // 2048 + 5, bias=True).to(device)
     small = Int8Linear(plain.weight, plain.bias)
     assert len(small.weight.split(TILE // 2048)) == 2
