@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model_server.dense.scale_search import OTHERS, Sighting, combined
-from model_server.dense.working_scale import ANY_BOX, BOXES, MASKS, box_scales, change_scale, mask_scales
+from model_server.dense.working_scale import ANY_BOX, BOXES, MASKS, box_scales, change_scale, mask_scales, suited
 from model_server.protocol import Modality
 
 
@@ -33,12 +33,26 @@ def test_scales_have_limits_and_two_that_are_close_are_one() -> None:
             assert all(rule.low <= scale <= rule.high for scale in scales)
             assert list(scales) == sorted(set(scales))
     assert box_scales("ship", "optical", 0.05) == (0.25,)
-    assert box_scales("ship", "optical", 30) == (2.0,)
+    assert box_scales("ship", "optical", 30) == (2.8,)
 
 
 def test_where_nothing_is_known_objects_are_searched() -> None:
     assert len(box_scales(None, "optical", None)) == len(box_scales(None, "optical", 0.5)) > 2
-    assert len(box_scales("ship", "optical", None)) > 2
+    for modality in ("optical", "sar"):  # boats and freighters, from the air and from orbit
+        scales = box_scales("ship", modality, None)
+        assert scales[-1] / scales[0] > 3
+
+
+def test_a_look_that_would_enlarge_too_much_is_left_out_where_there_are_others() -> None:
+    assert box_scales("car", "optical", 0.4) == pytest.approx((1.481,), rel=0.01)  # not 3.08, for the smallest cars
+    assert box_scales("car", "optical", 0.8) == pytest.approx((2.963,), rel=0.01)
+    assert box_scales("ship", "optical", 1.0) == (0.5, 1.0, 2.0)  # not 5
+
+
+def test_radar_has_entries_of_its_own_where_a_table_names_them() -> None:
+    table = {"ship": 1, "ship sar": 2, "water": 3}
+    assert [suited(table, "ship", "optical"), suited(table, "ship", "sar")] == [1, 2]
+    assert [suited(table, "water", "sar"), suited(table, "tree", "sar"), suited(table, None, "sar")] == [3, None, None]
 
 
 def test_coarse_imagery_is_enlarged_for_change() -> None:
@@ -76,6 +90,28 @@ def test_looks_at_nearby_scales_vote_on_a_box_and_on_its_score() -> None:
     found = combined([first, second])
     assert found.scores.tolist() == pytest.approx([0.6, 0.3])  # a look that sees nothing there votes, too
     assert found.boxes[0].tolist() == pytest.approx([4 / 3, 0, 40 + 4 / 3, 20])
+
+
+def test_a_vote_is_between_scales_next_to_each_other_and_the_surest_vote_is_believed() -> None:
+    ship = (100.0, 100.0, 140.0, 112.0)
+    looks = [
+        sighting(0.5, (0.0, 0.0, 300.0, 200.0, 0.35)),
+        sighting(0.75),
+        sighting(1.0, (*ship, 0.6)),
+        sighting(1.5, (*ship, 0.9)),
+        sighting(2.0, (*ship, 0.9), (100.0, 100.0, 110.0, 112.0, 0.5)),
+    ]
+    found = combined(looks)
+    assert found.scale == 1.5
+    assert found.boxes[0].tolist() == pytest.approx(list(ship))
+    assert found.scores[0] == pytest.approx(0.9)  # of 1.5 and 2.0, in which 1.0 would have less to say
+    assert combined(looks[:-1]).scores[0] == pytest.approx(0.75)  # of 1.0 and 1.5
+
+
+def test_of_votes_as_sure_as_each_other_the_coarser_is_believed() -> None:
+    hull, part = (0.0, 0.0, 100.0, 20.0), (0.0, 0.0, 40.0, 20.0)
+    found = combined([sighting(0.4, (*hull, 0.8)), sighting(1.4, (*part, 0.8))])
+    assert (found.scale, found.boxes.tolist()) == (0.4, [list(hull)])
 
 
 def test_many_unsure_parts_do_not_outweigh_a_few_sure_things() -> None:

@@ -22,12 +22,12 @@ from model_server.batching.feature_cache import ByteCache, image_key
 from model_server.calibration import DenseCalibration
 from model_server.dense.known_phrases import KnownPhrases, Meaning
 from model_server.dense.scale_search import Sighting, combined
-from model_server.dense.working_scale import bounded, box_scales, change_kind, change_scale, mask_scales
+from model_server.dense.working_scale import bounded, box_scales, change_kind, change_scale, mask_scales, suited
 from model_server.model.dense import DenseBranch, Found, Maps, early_maps, objects_of
 from model_server.model.looks import Frame, stacked
 from model_server.model.transfer import sent
 from model_server.model.vision import Backbone
-from model_server.protocol import TileChange, TileMasks, TileObjects
+from model_server.protocol import Modality, TileChange, TileMasks, TileObjects
 from model_server.query import Query
 from model_server.relations import Relation, parse
 
@@ -109,7 +109,10 @@ class DensePerceiver:
         for (i, row), looks in drawn.items():
             masks[i].probabilities[row] = _bytes(torch.stack(looks).mean(0))
         answers: dict[int, TileObjects | TileMasks | TileChange] = dict(masks)
-        answers |= {i: self._objects(combined(seen), meanings[queries[i].text]) for i, seen in sightings.items()}
+        answers |= {
+            i: self._objects(combined(seen), meanings[queries[i].text], queries[i].modality)
+            for i, seen in sightings.items()
+        }
         for i, relation in enumerate(relations):
             answer = answers.get(i)
             if relation is not None and isinstance(answer, TileObjects):
@@ -150,18 +153,18 @@ class DensePerceiver:
             sightings.append(Sighting(look.scale, boxes[keep], objects.scores[keep]))
         return sightings
 
-    def _calibrated(self, scores: Tensor, concept: str | None) -> Tensor:
-        confidence = _of(self.calibration.box_confidence, concept)
+    def _calibrated(self, scores: Tensor, concept: str | None, modality: Modality) -> Tensor:
+        confidence = _of(self.calibration.box_confidence, concept, modality)
         return torch.sigmoid(confidence.slope * torch.logit(scores.clamp(1e-4, 1 - 1e-4)) + confidence.offset)
 
-    def _objects(self, seen: Sighting, meaning: Meaning) -> TileObjects:
-        raw = _of(self.calibration.detect, meaning.concept)
-        scores = self._calibrated(seen.scores, meaning.concept)
+    def _objects(self, seen: Sighting, meaning: Meaning, modality: Modality) -> TileObjects:
+        raw = _of(self.calibration.detect, meaning.concept, modality)
+        scores = self._calibrated(seen.scores, meaning.concept, modality)
         enough = scores >= FLOOR
         return TileObjects(
             boxes=[(x1, y1, x2, y2) for x1, y1, x2, y2 in seen.boxes[enough].tolist()],
             scores=scores[enough].tolist(),
-            threshold=float(self._calibrated(torch.tensor(raw), meaning.concept)),
+            threshold=float(self._calibrated(torch.tensor(raw), meaning.concept, modality)),
             known=meaning.known,
             scale=seen.scale,
         )
@@ -292,5 +295,6 @@ def _bytes(logits: Tensor) -> np.ndarray:
     return logits.sigmoid().mul(255).round().byte().cpu().numpy()
 
 
-def _of(fitted: Mapping[str, _T], key: str | None) -> _T:
-    return fitted.get(key or "default", fitted["default"])
+def _of(fitted: Mapping[str, _T], key: str | None, modality: Modality = "optical") -> _T:
+    found = suited(fitted, key, modality)
+    return fitted["default"] if found is None else found

@@ -12,12 +12,16 @@ the weights change.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 
 from model_server.protocol import Modality
+
+_T = TypeVar("_T")
 
 MAX_LOOK_PIXELS = 2048**2  # a larger look is made coarser: it would not fit a modest memory
 SAME_SCALE = 1.25  # looks whose scales differ by less see the same
@@ -26,7 +30,8 @@ SAME_SCALE = 1.25  # looks whose scales differ by less see the same
 @dataclass(frozen=True)
 class Rule:
     """`working`: metres per pixel looked at, empty = the scale does not depend on the ground sampling distance.
-    Scales lie within `low` .. `high`; `unknown` are those for a tile whose ground sampling distance nobody knows."""
+    Scales lie within `low` .. `high`: others are left out, and where none is left, the limit is taken. `unknown` are
+    the scales for a tile whose ground sampling distance nobody knows."""
 
     working: tuple[float, ...] = ()
     unknown: tuple[float, ...] = (0.4, 0.75, 1.0, 1.5)
@@ -37,7 +42,9 @@ class Rule:
         """Scales to look at, ascending."""
         if gsd_m is None or not self.working:
             return self.unknown
-        wanted = sorted(min(max(gsd_m / metres, self.low), self.high) for metres in self.working)
+        every = sorted(gsd_m / metres for metres in self.working)
+        wanted = [scale for scale in every if self.low <= scale <= self.high]
+        wanted = wanted or [min(max(every[0], self.low), self.high)]
         scales = wanted[:1]
         scales += [scale for before, scale in pairwise(wanted) if scale > SAME_SCALE * before]
         return tuple(scales)
@@ -45,13 +52,13 @@ class Rule:
 
 ANY_BOX = Rule()
 ANY_MASK = Rule(unknown=(1.0,))
-_VEHICLE = Rule(working=(0.13, 0.27), unknown=(0.75, 1.5))
+_VEHICLE = Rule(working=(0.13, 0.27), unknown=(0.75, 1.4, 2.0), high=3.0)
 _SEA_RADAR = Rule(unknown=(0.5,))
 
 # Keys are concepts, with ` sar` behind them where radar imagery has a rule of its own.
 BOXES: dict[str, Rule] = {
-    "ship": Rule(working=(0.2, 0.5, 1.0, 2.0), unknown=(0.4, 0.55, 0.75)),
-    "ship sar": Rule(working=(1.3, 1.8), unknown=(0.55, 0.75)),
+    "ship": Rule(working=(0.2, 0.5, 1.0, 2.0), unknown=(0.4, 0.55, 0.75, 1.0, 1.4, 2.0), high=2.8),
+    "ship sar": Rule(working=(1.3, 1.8), unknown=(0.55, 0.75, 1.0, 1.4, 2.0)),
     "car": _VEHICLE,
     "vehicle": _VEHICLE,
     "bus": _VEHICLE,
@@ -84,14 +91,20 @@ CHANGE: tuple[tuple[str, float, Rule], ...] = (
 UNKNOWN_CHANGE = 1.0
 
 
+def suited(table: Mapping[str, _T], concept: str | None, modality: Modality) -> _T | None:
+    """What a table has for a concept in such imagery: under its name and ` sar` for radar, else under its name."""
+    plain = table.get(concept or "")
+    return table.get(f"{concept} sar", plain) if modality == "sar" else plain
+
+
 def box_scales(concept: str | None, modality: Modality, gsd_m: float | None) -> tuple[float, ...]:
     """Scales at which to look for objects of a concept; None = a phrase of no known concept."""
-    return _rule(BOXES, ANY_BOX, concept, modality).scales(gsd_m)
+    return (suited(BOXES, concept, modality) or ANY_BOX).scales(gsd_m)
 
 
 def mask_scales(concept: str | None, modality: Modality, gsd_m: float | None) -> tuple[float, ...]:
     """Scales at which to draw a concept's mask, whose mean counts; None = a phrase of no known concept."""
-    return _rule(MASKS, ANY_MASK, concept, modality).scales(gsd_m)
+    return (suited(MASKS, concept, modality) or ANY_MASK).scales(gsd_m)
 
 
 def change_kind(gsd_m: float | None) -> str | None:
@@ -109,8 +122,3 @@ def change_scale(gsd_m: float | None) -> float:
 def bounded(scale: float, image: np.ndarray) -> float:
     """The scale, or the largest at which the look has `MAX_LOOK_PIXELS`."""
     return min(scale, math.sqrt(MAX_LOOK_PIXELS / (image.shape[0] * image.shape[1])))
-
-
-def _rule(table: dict[str, Rule], default: Rule, concept: str | None, modality: Modality) -> Rule:
-    plain = table.get(concept or "", default)
-    return table.get(f"{concept} sar", plain) if modality == "sar" else plain

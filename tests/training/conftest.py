@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from model_server.training.dense_data import BOX_SETS, CHANGE_SETS, MASK_SETS
+from model_server.training.dense_validation import CHIPS
 from model_server.training.language import SETS
 
 SIDE = 64  # of every picture
@@ -83,6 +84,6 @@ def write_set(root: Path, name: str, rng: np.random.Generator) -> None:
 def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same squares in every set of the dense stage."""
     root, rng = tmp_path_factory.mktemp("dense_data"), np.random.default_rng(0)
-    for name in sorted({*BOX_SETS, *MASK_SETS, *CHANGE_SETS}):
+    for name in sorted({*BOX_SETS, *MASK_SETS, *CHANGE_SETS, CHIPS}):
         write_set(root, name, rng)
     return root

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import pytest
 import torch
 
 from model_server.checkpoints.store import WeightsError, load_checkpoint
+from model_server.dense.perceiver import DensePerceiver
 from model_server.model.config import debug
 from model_server.model.dense import Found, early_maps
 from model_server.model.vision import Backbone
+from model_server.protocol import TileChange, TileMasks, TileObjects
+from model_server.query import Query
 from model_server.text.concepts import CONCEPTS, every_phrase
 from model_server.training.concepts import absent, boxed, masked, present
 from model_server.training.dense import DenseRun, DenseTrainer, trapezoid
@@ -307,6 +311,28 @@ def test_figures_and_thresholds_come_from_the_same_predictions(squares: Path, tm
     assert {"inshore_ships/ship ap50", "oscd f1", "still changed", "hrsid_sar/ship iou"} <= said.keys()
     assert {"default", "coarse"} <= fitted.change.keys()
     assert all(0 <= v <= 1 for table in (fitted.detect, fitted.mask, fitted.change) for v in table.values())
+
+
+def test_the_threshold_of_radar_ships_is_one_that_finds_the_ship_in_the_middle_of_chips() -> None:
+    middle, corner = (12.0, 12.0, 20.0, 20.0), (0.0, 0.0, 4.0, 4.0)
+    seen = iter([([middle, corner], [0.4, 0.2]), ([corner, middle], [0.45, 0.41]), *3 * [([middle], [0.38])]])
+
+    class Seeing(DensePerceiver):
+        def __init__(self) -> None:
+            pass
+
+        def answer(self, queries: Sequence[Query]) -> list[TileObjects | TileMasks | TileChange]:
+            assert [(q.text, q.modality) for q in queries] == [("ship", "sar")]
+            boxes, scores = next(seen)
+            return [TileObjects(boxes=boxes, scores=scores, threshold=0.5, known=True, scale=1.0)]
+
+    chips = [
+        Scene(Record(str(i), "opensarship", "val", (), 32, 32, "sar"), [np.zeros((32, 32, 3), np.uint8)])
+        for i in range(5)
+    ]
+    fitted = fit_calibration(gather(Seeing(), chips))
+    assert fitted.detect["ship sar"] == pytest.approx(0.38)  # all five, and one that is beside the ship
+    assert "ship" not in fitted.detect
 
 
 def test_a_scene_is_decoded_with_its_mask(squares: Path) -> None:
