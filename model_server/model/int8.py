@@ -51,8 +51,8 @@ class Int8Linear(nn.Module):
         if self._has_kernel and rows.dtype == torch.bfloat16 and len(rows) <= FEW_ROWS:
             ones = torch.ones(len(self.weight), dtype=rows.dtype)  # it would want the scales in bfloat16
             return torch.ops.aten._weight_int8pack_mm(rows.contiguous(), self.weight, ones)
-        tile = TILE if rows.device.type == "cpu" else GPU_TILE
-        tiles = self.weight.split(max(tile // self.weight.shape[1], 1))
+        most = TILE if rows.device.type == "cpu" else GPU_TILE
+        tiles = self.weight.split(max(most // self.weight.shape[1], 1))
         return torch.cat([F.linear(rows, tile.to(rows.dtype)) for tile in tiles], -1)
 
 
