@@ -29,6 +29,7 @@ from model_server.model.generate import Hypothesis
 from model_server.model.half import halve, halve_dense
 from model_server.model.int8 import quantise
 from model_server.model.packed import can_pack, pack_decoder, pack_projections
+from model_server.model.packed_fusion import pack_fusion
 from model_server.model.packed_vision import pack_backbone, pack_dense
 from model_server.model.seen import Seen, prefixes, see
 from model_server.model.slots import Lane, Prefix, prefill
@@ -125,6 +126,7 @@ class Perceiver:
         self.dense: DensePerceiver | None = None
         if can_pack(self.device, dtype):
             pack_backbone(self.model.backbone)
+            pack_fusion(self.model)
             pack_decoder(self.model.decoder)
             pack_projections(self.model.sentence)
             if loaded.dense is not None:
