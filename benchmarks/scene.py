@@ -5,14 +5,14 @@
 
 Every tile of each scene is read at full resolution, answered, and the answers' boxes merged. The model is a stand-in
 that knows the boxes (--model adds a sweep of batch sizes with the real one). Each figure comes from a process of its
-own that has done one small scene before, as the tools' process has (libraries are loaded and started); it is the
-median of three by CPU time. CPU seconds are told beside wall time, because only they mean something on a
-machine that does other things too.
+own that has done one small scene before, as the tools' process has (libraries are loaded and started). CPU seconds are
+told beside wall time, because only they mean something on a machine that does other things too.
 
 With `sahi` importable (--sahi: a folder to find it in, as made by `pip install --target DIR --no-deps sahi
-opencv-python-headless`) its slicing and merging get the same file, tiles and boxes.
+opencv-python-headless`) its slicing and merging get the same file, tiles and boxes, in turn with ours. Small scenes
+are also done many times in one process, ours and sahi in turn.
 
-Masks (`segment`, `detect_change`, one class or one kind of change, with outlines and preview) are made by the tools as
+Masks (`segment` with one class and with sixteen, `detect_change`, with outlines and preview) are made by the tools as
 they are, at up to `MAX_TILES` tiles a scene, with a stand-in that marks what is bright: thousands of areas.
 
 The scenes are TIFFs whose blocks all point at the same compressed block of a real image: hundreds of megapixels that
@@ -57,11 +57,14 @@ from rs_tools.tools import Tools
 IMAGE = Path(__file__).parents[1] / "examples" / "data" / "yellowstone_road.jpg"
 SIZES = [1000, 5000, 10_000, 20_000]
 MASKS = [5000, 20_000]
+CLASSES = {"segment": 1, "segment, 16 classes": 16}
 MARKED = 16  # tile pixels a side of a marking model's cells
 SAHI_MOST = 20_000  # it holds the whole image and all slices: beyond this more memory than most machines have
 SWEPT = 3000
 WARM_UP, WARM_UP_SIDE = "warm_up.tif", 512
-REPEATS = 3
+REPEATS = 7
+REPEATS_LARGE, LARGE = 3, 10_000
+TURNS, TURNS_SIDE = 40, 1000  # in one process, and scenes of at most so many pixels a side
 OVERLAPS = [0, 16, 32, 64, 128]
 BATCHES = [1, 4, 8, 16, 32, 64]
 BLOCK = 512
@@ -120,17 +123,25 @@ class KnowingModel:
 
 
 class MarkingModel:
-    """Answers a tile (of a pair: the later one) with its red, in cells of `MARKED` pixels, as a probability."""
+    """Answers a tile (of a pair: the later one) with its red, in cells of `MARKED` pixels, as a probability.
+
+    Each class is the one before, some cells to the right.
+    """
 
     async def perceive(self, request: PerceiveRequest, tiles: list[np.ndarray]) -> PerceiveResponse:
         model = ModelInfo(model="marking", weights_digest="", attention_backend="", precision="", device="cpu")
         answer = PerceiveResponse(model=model, task_token="", expert="", warnings=[], elapsed_s=0)
         if request.task == "segment":
-            maps = [self._marked(tile)[None] for tile in tiles]
-            answer.masks = [
-                TileMasks(labels=request.labels, thresholds=[0.5], known=[True], scale=1, probabilities=one)
-                for one in maps
-            ]
+            classes = len(request.labels)
+            for tile in tiles:
+                one = self._marked(tile)
+                maps = np.stack([np.roll(one, 3 * MARKED * i, axis=1) for i in range(classes)])
+                thresholds, known = [0.5] * classes, [True] * classes
+                answer.masks.append(
+                    TileMasks(
+                        labels=request.labels, thresholds=thresholds, known=known, scale=1, probabilities=maps
+                    )
+                )
         elif request.task == "detect_change":
             answer.changes = [
                 TileChange(threshold=0.5, scale=1, probabilities=self._marked(tile)) for tile in tiles[1::2]
@@ -192,8 +203,6 @@ async def ours(path: Path, side: int, overlap: int, batch: int) -> dict[str, Any
     plan = tile_grid((0, 0, side, side), MODEL_SIDE, overlap)
 
     async def ask(tiles: list[np.ndarray], regions: Sequence[Region]) -> list[np.ndarray]:
-        with clock.stage("reading"):  # as the model takes them; with sahi's it is done too
-            tiles = [np.ascontiguousarray(tile) for tile in tiles]
         with clock.stage("model"):
             return [model.boxes(region) for region in regions]
 
@@ -224,7 +233,7 @@ def with_sahi(path: Path, side: int, overlap: int) -> dict[str, Any]:
             str(path), slice_height=MODEL_SIDE, slice_width=MODEL_SIDE, overlap_height_ratio=ratio,
             overlap_width_ratio=ratio,
         )  # fmt: skip
-        tiles = [np.ascontiguousarray(image) for image in sliced.images]
+        tiles = [np.ascontiguousarray(image) for image in sliced.images]  # as a model takes them, and ours are
     found = []
     for tile, (x, y) in zip(tiles, sliced.starting_pixels, strict=True):
         with clock.stage("model"):
@@ -262,9 +271,9 @@ async def masked(kind: str, path: Path, side: int) -> dict[str, Any]:
         tools = Tools(AccessPolicy([path.parent]), MarkingModel(), deadline_s=36_000, artifacts=folder)
         wall, cpu = time.perf_counter(), time.process_time()
         found: SegmentResult | DetectChangeResult
-        if kind == "segment":
-            found = await tools.segment(path.name, ["road"], preview=True)
-            share = found.classes[0].share
+        if kind in CLASSES:
+            found = await tools.segment(path.name, [f"class {i}" for i in range(CLASSES[kind])], preview=True)
+            share = sum(one.share for one in found.classes)
         else:
             found = await tools.detect_change(path.name, later.name, preview=True)
             share = found.changed_share
@@ -290,10 +299,9 @@ async def asked(path: Path, side: int, batch: int) -> dict[str, Any]:
 
         async def ask(tiles: list[np.ndarray], regions: Sequence[Region]) -> list[Any]:
             # Noise in one corner: the scene's blocks are alike, and a cache of equal tiles must not help.
-            own = [tile.copy() for tile in tiles]
-            for tile in own:
+            for tile in tiles:
                 tile[:8, :8] = np.frombuffer(os.urandom(192), np.uint8).reshape(8, 8, 3)
-            return list((await client.perceive(PerceiveRequest(task="vqa", text="Is there a road?"), own)).vqa)
+            return list((await client.perceive(PerceiveRequest(task="vqa", text="Is there a road?"), tiles)).vqa)
 
         await stream(scene, Looks(None, tile_grid((0, 0, 512, 512), MODEL_SIDE)), ask, seconds=600)  # warm
         wall = time.perf_counter()
@@ -306,9 +314,15 @@ async def asked(path: Path, side: int, batch: int) -> dict[str, Any]:
 
 def child(kind: str, path: Path, side: int, overlap: int = OVERLAP, batch: int = BATCH) -> dict[str, Any]:
     """The run with the median CPU time (the model's: wall time) of several."""
-    once = kind in ("model", "segment", "detect_change")
-    runs = [_child(kind, path, side, overlap, batch) for _ in range(1 if once else REPEATS)]
-    return sorted(runs, key=lambda run: run.get("cpu_s", run["wall_s"]))[len(runs) // 2]
+    once = kind in ("model", *CLASSES, "detect_change")
+    return middle([_child(kind, path, side, overlap, batch) for _ in range(1 if once else REPEATS)])
+
+
+def middle(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The run with the median CPU time, and what the lowest was."""
+    ordered = sorted(runs, key=lambda run: run.get("cpu_s", run["wall_s"]))
+    lowest = {f"lowest_{name}": min(run[name] for run in runs) for name in ("cpu_s", "wall_s") if name in ordered[0]}
+    return ordered[len(runs) // 2] | lowest | {"runs": len(runs)}
 
 
 def _child(kind: str, path: Path, side: int, overlap: int, batch: int) -> dict[str, Any]:
@@ -325,9 +339,14 @@ def run_child(kind: str, path: str, side: str, overlap: str, batch: str) -> None
     if kind == "sahi":
         with_sahi(first, WARM_UP_SIDE, shared)
         found = with_sahi(scene, pixels, shared)
+    elif kind == "turns":
+        found = {"ours": [], "sahi": []}
+        for _ in range(TURNS):
+            found["ours"].append(asyncio.run(ours(scene, pixels, shared, size)))
+            found["sahi"].append(with_sahi(scene, pixels, shared))
     elif kind == "model":
         found = asyncio.run(asked(scene, pixels, size))
-    elif kind in ("segment", "detect_change"):
+    elif kind in (*CLASSES, "detect_change"):
         found = asyncio.run(masked(kind, scene, pixels))
     else:
         asyncio.run(ours(first, WARM_UP_SIDE, shared, size))
@@ -339,8 +358,9 @@ def row(name: str, run: dict[str, Any]) -> str:
     pixels = run["side"] ** 2 / 1e6
     shares = " / ".join(f"{run[f'{stage}_s'] / run['cpu_s']:.0%}" for stage in ("reading", "model", "merging"))
     return (
-        f"| {name} | {run['side']:,} | {run['tiles']:,} | {pixels / run['cpu_s']:.1f} | {pixels / run['wall_s']:.1f} "
-        f"| {run['cpu_s'] / pixels * 1000:.1f} | {shares} | {run['peak_mib']:.0f} "
+        f"| {name} | {run['side']:,} | {run['tiles']:,} | {run['runs']} | {run['lowest_cpu_s'] / pixels * 1000:.1f} "
+        f"/ {run['cpu_s'] / pixels * 1000:.1f} | {run['lowest_wall_s'] / pixels * 1000:.1f} / "
+        f"{run['wall_s'] / pixels * 1000:.1f} | {pixels / run['cpu_s']:.1f} | {shares} | {run['peak_mib']:.0f} "
         f"| {run['found']:,} of {run['objects']:,} |"
     )
 
@@ -384,16 +404,24 @@ def main() -> None:
 
 def sizes(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     runs = []
-    columns = ["what", "side", "tiles", "MPix per CPU s", "MPix/s, wall", "CPU ms/MPix", "reading / model / merging"]
-    columns += ["peak MiB", "objects"]
+    columns = ["what", "side", "tiles", "runs", "CPU ms/MPix, lowest / median", "wall ms/MPix", "MPix per CPU s"]
+    columns += ["reading / model / merging", "peak MiB", "objects"]
     print(f"| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|")
     installed = importlib.util.find_spec("sahi") is not None
     for side in options.sizes:
         path = folder / f"{side}.tif"
         write_scene(path, side)
         kinds = ["ours", "sahi"] if installed and side <= SAHI_MOST else ["ours"]
-        for kind in kinds:
-            runs.append({"kind": kind, **child(kind, path, side)})
+        turns = [
+            {kind: _child(kind, path, side, OVERLAP, BATCH) for kind in kinds}
+            for _ in range(REPEATS_LARGE if side >= LARGE else REPEATS)
+        ]
+        told = {kind: middle([turn[kind] for turn in turns]) for kind in kinds}
+        if installed and side <= TURNS_SIDE:
+            many = _child("turns", path, side, OVERLAP, BATCH)
+            told |= {f"{kind}, in one process": middle(many[kind]) for kind in kinds}
+        for kind, run in told.items():
+            runs.append({"kind": kind, **run})
             print(row(kind, runs[-1]), flush=True)
     if not installed:
         print("\nsahi is not compared: it is not installed (--sahi DIR names a folder that has it).")
@@ -436,7 +464,7 @@ def masks(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
             write_scene(one, side)
             with rasterio.open(one, "r+") as file:
                 file.crs, file.transform = "EPSG:32633", Affine(10, 0, 300_000, 0, -10, 5_000_000)
-        for kind in ("segment", "detect_change"):
+        for kind in (*CLASSES, "detect_change"):
             run = {"kind": kind, **child(kind, path, side)}
             runs.append(run)
             sizes_kb = " / ".join(f"{run['bytes'][one] / 1000:,.0f}" for one in ("mask", "vectors", "preview"))
