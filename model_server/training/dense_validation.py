@@ -33,7 +33,7 @@ SETS = (
     "oil_spill_sar", "opensarship", "oscd", "sztaki_air", "levir_dsifn", "egy_bcd",
 )  # fmt: skip
 CHIPS = "opensarship"  # shows one ship in the middle of each image and has no boxes
-BOX_IOU = {"hrsid_sar": 0.3, "neon_trees": 0.4}  # of the extra AP and F1; 0.5 elsewhere
+BOX_IOU = {"hrsid_sar": 0.3, "neon_trees": 0.4}  # of the extra AP and F1 and of thresholds; 0.5 elsewhere
 
 
 @dataclass
@@ -178,10 +178,10 @@ def fit_calibration(found: Gathered) -> DenseCalibration:
     concepts = sorted({name for _, name in found.boxes})
     detect, confidence = {}, {}
     for name in concepts:
-        groups = [images for (_, n), images in sorted(found.boxes.items()) if n == name]
-        images = [image for group in groups for image in group]
+        groups = {group: images for (group, n), images in sorted(found.boxes.items()) if n == name}
+        images = [image for group in groups.values() for image in group]
         if sum(len(i.truth) for i in images) >= 5:
-            detect[name] = best_f1_threshold(images)[0]
+            detect[name] = best_f1_threshold(images, min(BOX_IOU.get(group, 0.5) for group in groups))[0]
             confidence[name] = _box_confidence(images)
     everything = [image for images in found.boxes.values() for image in images]
     mask = {
