@@ -88,7 +88,8 @@ def section(folder: Path) -> list[str]:
         "## Boxes as text and from the dense heads",
         "",
         "The same images and phrases, by the text that the region expert writes (RSUniVLM's way: a copy of the "
-        f"feed-forward layers, trained alone, {stored['steps']} steps) and by the dense heads, which the tools use "
+        f"feed-forward layers, trained alone, {stored['steps']} steps) and by the dense heads, which the tools use, "
+        f"with the weights `{stored['weights']}` "
         "(`python -m model_server.evaluation.text_boxes DATA_DIR --expert RUN/region.pt --out docs`). Protocols `map` "
         "and `iou`; every box that was written counts, its score is the mean probability of its tokens.",
     ]
@@ -125,10 +126,10 @@ def run(ways: Mapping[str, Answering], data: Path, sets: Sequence[str], split: s
     return figures
 
 
-def write(figures: Sequence[Figures], steps: int, folder: Path) -> None:
+def write(figures: Sequence[Figures], weights: str, steps: int, folder: Path) -> None:
     """The figures, and their section where the folder has a page of results."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = {"steps": steps, "figures": [asdict(figure) for figure in figures]}
+    rows = {"weights": weights, "steps": steps, "figures": [asdict(figure) for figure in figures]}
     (folder / JSON).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     put(folder, section(folder))
 
@@ -149,7 +150,7 @@ def main(
         raise typer.BadParameter(f"{weights} has no dense branch to compare with; export one into it first")
     ways: dict[str, Answering] = {TEXT: TextGrounder(weights, expert), DENSE: dense}
     figures = run(ways, data, names, split, limit, out)
-    write(figures, int(torch.load(expert, weights_only=True)["step"]), out)
+    write(figures, dense.info.weights_digest, int(torch.load(expert, weights_only=True)["step"]), out)
     for figure in figures:
         values = "  ".join(f"{name} {value:.3f}" for name, value in figure.values.items())
         typer.echo(f"{figure.set:16} {figure.of:12} n={figure.n:<4} {figure.way:12} {values}")

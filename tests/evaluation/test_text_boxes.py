@@ -44,11 +44,12 @@ def test_both_ways_are_measured_alike_and_stand_side_by_side(data: Path, tmp_pat
     assert phrases[BLIND].values["acc50"] == 0
 
     (tmp_path / PAGE).write_text("# Results\n\n## Absent\n\n- nothing\n")
-    write(figures, 300, tmp_path)
+    write(figures, "0123abcd", 300, tmp_path)
     stored = json.loads((tmp_path / "text_boxes.json").read_text())
     assert stored["steps"] == 300
     text = (tmp_path / PAGE).read_text()
     assert "trained alone, 300 steps" in text
+    assert "`0123abcd`" in text
     lines = [line for line in text.splitlines() if line.startswith("| inshore_ships |  | 4 |")]
     assert [line.split(" | ")[3] for line in lines] == [TEXT, BLIND, DENSE]
 
