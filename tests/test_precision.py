@@ -36,7 +36,8 @@ def of_all_tasks(image: np.ndarray) -> list[Query]:
     corner = image[:256, :256]
     return [
         Query("caption", image), Query("vqa", image, text="Are there any trees?"),
-        Query("vqa", image, text="Is there a ship?"), Query("classify", image), Query("ground", corner, text="tree"),
+        Query("vqa", image, text="Is there a ship?"), Query("classify", image),
+        Query("ground", corner, text="tree", gsd_m=0.1),  # unknown, a look at another scale may win by a hair
         Query("segment", corner, labels=("water", "tree")), Query("detect_change", corner, after=corner[::-1].copy()),
     ]  # fmt: skip
 

@@ -110,8 +110,7 @@ class DensePerceiver:
             masks[i].probabilities[row] = _bytes(torch.stack(looks).mean(0))
         answers: dict[int, TileObjects | TileMasks | TileChange] = dict(masks)
         answers |= {
-            i: self._objects(combined(seen), meanings[queries[i].text], queries[i].modality)
-            for i, seen in sightings.items()
+            i: self._objects(combined(seen), meanings[queries[i].text], queries[i]) for i, seen in sightings.items()
         }
         for i, relation in enumerate(relations):
             answer = answers.get(i)
@@ -157,12 +156,14 @@ class DensePerceiver:
         confidence = _of(self.calibration.box_confidence, concept, modality)
         return torch.sigmoid(confidence.slope * torch.logit(scores.clamp(1e-4, 1 - 1e-4)) + confidence.offset)
 
-    def _objects(self, seen: Sighting, meaning: Meaning, modality: Modality) -> TileObjects:
+    def _objects(self, seen: Sighting, meaning: Meaning, query: Query) -> TileObjects:
+        modality, (height, width) = query.modality, query.image.shape[:2]
         raw = _of(self.calibration.detect, meaning.concept, modality)
         scores = self._calibrated(seen.scores, meaning.concept, modality)
         enough = scores >= FLOOR
+        limit = torch.tensor([width, height, width, height])  # which a mean of boxes may pass by rounding
         return TileObjects(
-            boxes=[(x1, y1, x2, y2) for x1, y1, x2, y2 in seen.boxes[enough].tolist()],
+            boxes=[(x1, y1, x2, y2) for x1, y1, x2, y2 in seen.boxes[enough].clamp(min=0).minimum(limit).tolist()],
             scores=scores[enough].tolist(),
             threshold=float(self._calibrated(torch.tensor(raw), meaning.concept, modality)),
             known=meaning.known,
