@@ -126,7 +126,7 @@ def test_nothing_in_a_static_step_asks_for_a_value_of_the_device() -> None:
     lane = lane_of(model_on("meta"), True)
     found = lane._write_static(torch.empty(4, 5, BEAMS, dtype=torch.double, device="meta"), 1)
     assert found.shape == (4, 2 * BEAMS, 3)
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(NotImplementedError):  # torch's own, for meta tensors: this one does ask
         candidates(found)
 
 
