@@ -73,11 +73,11 @@ _PROTOCOLS = {
     "asserted. On rsicd_aid the name of the scene stands for labels: ships lie at water, airplanes at airports.",
     "elsewhere": "ships of sensors and scales of which no training had a box; of UCM it had the labels of whole "
     "images, a ship somewhere or none, and the threshold of radar ships was fitted on the chips of the validation "
-    "split. `presence_f1` (and `presence_precision`, `presence_recall`): an image is said to hold a ship where one reaches the threshold, "
-    "against the label of the whole image. `centre`: chips with one ship in the middle, the share on which a box at "
-    "the threshold covers it; `centre_length`: one whose longer side is the ship's known length within a factor of 2; "
-    "`off_centre`: the share of points halfway to the corners that a box covers; `boxes`: how many a chip. `n` counts "
-    "images.",
+    "split. `presence_f1` (and `presence_precision`, `presence_recall`): an image is said to hold a ship where one "
+    "reaches the threshold, against the label of the whole image. `centre`: chips with one ship in the middle, the "
+    "share on which a box at the threshold covers it; `centre_length`: one whose longer side is the ship's known "
+    "length within a factor of 2; `off_centre`: the share of points halfway to the corners that a box covers; "
+    "`boxes`: how many a chip. `n` counts images.",
     "miou": "all pixels of all images counted together, at the thresholds of the checkpoint, each class by itself; the "
     "mean leaves out background. `boundary_f1`: boundaries within 0.75 % of the image's diagonal of each other. `n` "
     "counts images.",
