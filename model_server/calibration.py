@@ -61,9 +61,10 @@ class Calibration:
 class DenseCalibration:
     """Of the dense branch, in a file of its own: the thresholds of highest F1 on validation data.
 
-    `detect`: scores of boxes; `mask` and `change`: probabilities of pixels. Keys are phrases' concepts (`ship`) or,
-    for change, what `change_kind` calls the imagery; `default` stands for all others. `box_confidence`, by
-    concept, turns the log-odds of a box's score into the chance that such a box is right (IoU 0.5).
+    `detect`: scores of boxes; `mask` and `change`: probabilities of pixels. Keys are phrases' concepts (`ship`), for
+    boxes on radar under the names of `working_scale.kinds`, or, for change, what `change_kind` calls the imagery;
+    `default` stands for all others. `box_confidence`, by concept, turns the log-odds of a box's score into the chance
+    that such a box is right (IoU 0.5).
     """
 
     detect: dict[str, float] = field(default_factory=lambda: {"default": 0.35})

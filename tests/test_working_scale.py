@@ -55,6 +55,13 @@ def test_radar_has_entries_of_its_own_where_a_table_names_them() -> None:
     assert [suited(table, "water", "sar"), suited(table, "tree", "sar"), suited(table, None, "sar")] == [3, None, None]
 
 
+def test_coarse_radar_has_entries_of_its_own_where_the_pixel_size_is_known() -> None:
+    table = {"ship": 1, "ship sar": 2, "ship sar coarse": 3, "water sar": 4}
+    assert [suited(table, "ship", "sar", gsd_m) for gsd_m in (None, 1.0, 3.9, 4.0, 10)] == [2, 2, 2, 3, 3]
+    assert suited(table, "ship", "optical", 10) == 1
+    assert suited(table, "water", "sar", 10) == 4
+
+
 def test_coarse_imagery_is_enlarged_for_change() -> None:
     assert change_scale(10) == pytest.approx(1.5, rel=0.02)
     assert change_scale(1.5) == 1.0

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from model_server.batching.feature_cache import ByteCache, image_key
-from model_server.calibration import DenseCalibration
+from model_server.calibration import DenseCalibration, Logistic
 from model_server.dense.known_phrases import KnownPhrases, Meaning
 from model_server.dense.scale_search import Sighting, combined
 from model_server.dense.working_scale import bounded, box_scales, change_kind, change_scale, mask_scales, suited
@@ -152,20 +152,17 @@ class DensePerceiver:
             sightings.append(Sighting(look.scale, boxes[keep], objects.scores[keep]))
         return sightings
 
-    def _calibrated(self, scores: Tensor, concept: str | None, modality: Modality) -> Tensor:
-        confidence = _of(self.calibration.box_confidence, concept, modality)
-        return torch.sigmoid(confidence.slope * torch.logit(scores.clamp(1e-4, 1 - 1e-4)) + confidence.offset)
-
     def _objects(self, seen: Sighting, meaning: Meaning, query: Query) -> TileObjects:
-        modality, (height, width) = query.modality, query.image.shape[:2]
-        raw = _of(self.calibration.detect, meaning.concept, modality)
-        scores = self._calibrated(seen.scores, meaning.concept, modality)
+        kind, (height, width) = (meaning.concept, query.modality, query.gsd_m), query.image.shape[:2]
+        confidence = _of(self.calibration.box_confidence, *kind)
+        threshold = torch.tensor(_of(self.calibration.detect, *kind))
+        scores = _calibrated(seen.scores, confidence)
         enough = scores >= FLOOR
         limit = torch.tensor([width, height, width, height])  # which a mean of boxes may pass by rounding
         return TileObjects(
             boxes=[(x1, y1, x2, y2) for x1, y1, x2, y2 in seen.boxes[enough].clamp(min=0).minimum(limit).tolist()],
             scores=scores[enough].tolist(),
-            threshold=float(self._calibrated(torch.tensor(raw), meaning.concept, modality)),
+            threshold=float(_calibrated(threshold, confidence)),
             known=meaning.known,
             scale=seen.scale,
         )
@@ -296,6 +293,10 @@ def _bytes(logits: Tensor) -> np.ndarray:
     return logits.sigmoid().mul(255).round().byte().cpu().numpy()
 
 
-def _of(fitted: Mapping[str, _T], key: str | None, modality: Modality = "optical") -> _T:
-    found = suited(fitted, key, modality)
+def _calibrated(scores: Tensor, confidence: Logistic) -> Tensor:
+    return torch.sigmoid(confidence.slope * torch.logit(scores.clamp(1e-4, 1 - 1e-4)) + confidence.offset)
+
+
+def _of(fitted: Mapping[str, _T], key: str | None, modality: Modality = "optical", gsd_m: float | None = None) -> _T:
+    found = suited(fitted, key, modality, gsd_m)
     return fitted["default"] if found is None else found

@@ -25,6 +25,7 @@ _T = TypeVar("_T")
 
 MAX_LOOK_PIXELS = 2048**2  # a larger look is made coarser: it would not fit a modest memory
 SAME_SCALE = 1.25  # looks whose scales differ by less see the same
+COARSE_RADAR_M = 4.0  # metres per pixel from which a ship on radar is a speck
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ ANY_MASK = Rule(unknown=(1.0,))
 _VEHICLE = Rule(working=(0.13, 0.27), unknown=(0.75, 1.4, 2.0), high=3.0)
 _SEA_RADAR = Rule(unknown=(0.5,))
 
-# Keys are concepts, with ` sar` behind them where radar imagery has a rule of its own.
+# Keys are what `kinds` calls a concept in its imagery.
 BOXES: dict[str, Rule] = {
     "ship": Rule(working=(0.2, 0.5, 1.0, 2.0), unknown=(0.4, 0.55, 0.75, 1.0, 1.4, 2.0), high=2.8),
     "ship sar": Rule(working=(1.3, 1.8), unknown=(0.55, 0.75, 1.0, 1.4, 2.0)),
@@ -91,10 +92,18 @@ CHANGE: tuple[tuple[str, float, Rule], ...] = (
 UNKNOWN_CHANGE = 1.0
 
 
-def suited(table: Mapping[str, _T], concept: str | None, modality: Modality) -> _T | None:
-    """What a table has for a concept in such imagery: under its name and ` sar` for radar, else under its name."""
-    plain = table.get(concept or "")
-    return table.get(f"{concept} sar", plain) if modality == "sar" else plain
+def kinds(concept: str, modality: Modality, gsd_m: float | None = None) -> tuple[str, ...]:
+    """What tables may call a concept in such imagery, the most particular first: `NAME sar coarse` on radar of
+    `COARSE_RADAR_M` and above, `NAME sar` on any radar, `NAME`."""
+    if modality != "sar":
+        return (concept,)
+    plain = f"{concept} sar", concept
+    return plain if gsd_m is None or gsd_m < COARSE_RADAR_M else (f"{concept} sar coarse", *plain)
+
+
+def suited(table: Mapping[str, _T], concept: str | None, modality: Modality, gsd_m: float | None = None) -> _T | None:
+    """What a table has for a concept in such imagery (see `kinds`); None where it has nothing."""
+    return next((table[kind] for kind in kinds(concept or "", modality, gsd_m) if kind in table), None)
 
 
 def box_scales(concept: str | None, modality: Modality, gsd_m: float | None) -> tuple[float, ...]:

@@ -10,7 +10,7 @@ import torch
 
 from model_server.calibration import DenseCalibration, Logistic
 from model_server.dense.perceiver import DensePerceiver
-from model_server.dense.working_scale import change_kind
+from model_server.dense.working_scale import change_kind, kinds
 from model_server.evaluation.dense_metrics import (
     ImageBoxes,
     ProbabilityCounts,
@@ -40,7 +40,7 @@ BOX_IOU = {"hrsid_sar": 0.3, "neon_trees": 0.4}  # of the extra AP and F1 and of
 class Gathered:
     """Raw predictions of a validation pass, by set and concept."""
 
-    boxes: dict[tuple[str, str], list[ImageBoxes]] = field(default_factory=dict)  # ` sar` behind the concept of radar
+    boxes: dict[tuple[str, str], list[ImageBoxes]] = field(default_factory=dict)  # as `kinds` calls the concept there
     masks: dict[tuple[str, str], ProbabilityCounts] = field(default_factory=dict)
     change: dict[tuple[str, str | None], ProbabilityCounts] = field(default_factory=dict)  # by set and kind of imagery
     still: ProbabilityCounts = field(default_factory=ProbabilityCounts)  # pairs of one image, as it is or re-lit
@@ -81,8 +81,8 @@ def _gather_boxes(perceiver: DensePerceiver, scene: Scene, say: Callable[[str], 
         truth = scene.boxes[[label in CONCEPTS[name].labels for label in labels]]
         if record.set == CHIPS:
             truth = _in_the_middle(boxes, record.width, record.height)
-        key = name if _modality(record) == "optical" else f"{name} sar"
-        out.boxes.setdefault((record.set, key), []).append(ImageBoxes(boxes, scores, truth))
+        key = (record.set, kinds(name, _modality(record), record.gsd_m)[0])
+        out.boxes.setdefault(key, []).append(ImageBoxes(boxes, scores, truth))
 
 
 def _in_the_middle(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
