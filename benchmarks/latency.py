@@ -26,20 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rasterio
 from mcp import Client
 from mcp.client.stdio import StdioServerParameters
+from measuring.asked import SCENE, WORDS, read_tiles
+from measuring.figures import markdown, percentile
 
-from model_server.protocol import PerceiveRequest, PerceiveResponse
+from model_server.protocol import PerceiveResponse
 from rs_tools.client import ModelClient
 
-SCENE = Path(__file__).parents[1] / "examples" / "data" / "ordway_swisher_neon.tif"
-TILE = 256
-REQUESTS = [
-    PerceiveRequest(task="caption"),
-    PerceiveRequest(task="vqa", text="Is there a road in the image?"),
-    PerceiveRequest(task="classify"),
-]
 CALLERS = (1, 4, 16)
 
 
@@ -51,26 +45,10 @@ class Figure:
     target: str = ""
 
 
-def percentile(values: list[float], share: float) -> float:
-    return float(np.percentile(values, 100 * share))
-
-
 async def timed(work: Awaitable[Any]) -> float:
     started = time.perf_counter()
     await work
     return time.perf_counter() - started
-
-
-def read_tiles(image: Path, count: int) -> list[np.ndarray]:
-    """`count` different uint8 [TILE, TILE, 3] windows of the scene; once each has been asked about, all are known."""
-    with rasterio.open(image) as scene:
-        pixels = np.moveaxis(scene.read([1, 2, 3] if scene.count >= 3 else [1, 1, 1]), 0, -1).astype(np.float64)
-    low, high = np.nanpercentile(pixels, [2, 98])
-    stretched = (np.nan_to_num((pixels - low) / max(high - low, 1e-9)).clip(0, 1) * 255).astype(np.uint8)
-    repeats = [max(1, -(-2 * TILE // side)) for side in stretched.shape[:2]]
-    large = np.tile(stretched, (*repeats, 1))
-    places = np.random.default_rng(0).integers(0, [side - TILE + 1 for side in large.shape[:2]], (count, 2))
-    return [np.ascontiguousarray(large[y : y + TILE, x : x + TILE]) for y, x in places]
 
 
 @contextlib.contextmanager
@@ -112,7 +90,7 @@ async def cold_figures(image: Path, weights: str | None, state: Path) -> list[Fi
 
 async def warm_figures(client: ModelClient, tiles: list[np.ndarray]) -> list[Figure]:
     figures = []
-    for request in REQUESTS:
+    for request in WORDS:
         await client.perceive(request, tiles[:1])
         seconds = [await timed(client.perceive(request, [tile])) for tile in tiles]
         for share in (0.5, 0.95):
@@ -148,14 +126,14 @@ async def _caller(client: ModelClient, tiles: list[np.ndarray], number: int, end
     done = 0
     while time.perf_counter() < end:
         turn = number + done
-        await client.perceive(REQUESTS[turn % len(REQUESTS)], [tiles[turn % len(tiles)]])
+        await client.perceive(WORDS[turn % len(WORDS)], [tiles[turn % len(tiles)]])
         done += 1
     return done
 
 
 def table(figures: list[Figure]) -> str:
-    rows = [f"| {f.name} | {f.value:.3g} {'x' if f.unit == 'ratio' else f.unit} | {f.target} |" for f in figures]
-    return "\n".join(["| what | measured | target |", "| --- | --- | --- |", *rows])
+    rows = [[f.name, f"{f.value:.3g} {'x' if f.unit == 'ratio' else f.unit}", f.target] for f in figures]
+    return markdown(["what", "measured", "target"], rows)
 
 
 def machine(answer: PerceiveResponse) -> dict[str, Any]:
@@ -175,7 +153,7 @@ async def measure(
         figures = await cold_figures(image, weights, state)
         tiles = read_tiles(image, 32)
         async with ModelClient(weights=weights) as client:
-            where = machine(await client.perceive(REQUESTS[0], tiles[:1]))
+            where = machine(await client.perceive(WORDS[0], tiles[:1]))
             report("warm latency ...")
             figures += await warm_figures(client, tiles)
             report("throughput ...")
