@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -134,6 +135,9 @@ class Pair:
         node_x, node_y = np.linspace(x[0], x[-1], _NODES), np.linspace(y[0], y[-1], _NODES)
         nodes = np.stack(np.meshgrid(node_x, node_y), axis=-1)  # [N, N, 2]
         found = _to_after(self.before, self.after, nodes.reshape(-1, 2)).reshape(nodes.shape)
+        if _torn(self.after, found):
+            centres = np.stack(np.meshgrid(x, y), axis=-1)
+            return _to_after(self.before, self.after, centres.reshape(-1, 2)).reshape(centres.shape)
         return _between(found, np.linspace(0, _NODES - 1, height), np.linspace(0, _NODES - 1, width))
 
     def _factor(self, region: Region, out_size: tuple[int, int]) -> int:
@@ -143,7 +147,8 @@ class Pair:
         ends = np.array([[x - across, y], [x + across, y], [x, y - down], [x, y + down]])
         left, right, top, bottom = _to_after(self.before, self.after, ends)
         steps = [float(np.hypot(*step)) for step in (right - left, bottom - top)]
-        return max([1, *(math.floor(step + 1e-6) for step in steps if math.isfinite(step))])
+        most = _around(self.after) / 2  # beyond it a step goes from one end of the world to the other
+        return max([1, *(math.floor(step + 1e-6) for step in steps if math.isfinite(step) and step <= most)])
 
     def shift(self) -> Shift | None:
         """The shift between the two, or None where nothing in them tells.
@@ -225,6 +230,15 @@ def _sampled(scene: Scene, read: ReadWindow, positions: np.ndarray, factor: int)
 
     Invalid outside the scene and where it holds no data.
     """
+    if not _torn(scene, positions):
+        return _sampled_at(scene, read, positions, factor)
+    # Both ends of a scene around the world: each is read for itself, and nothing between them.
+    west = positions[..., :1] < scene.width / 2
+    ends = [_sampled_at(scene, read, np.where(end, positions, np.nan), factor) for end in (west, ~west)]
+    return Pixels(ends[0].rgb + ends[1].rgb, ends[0].valid | ends[1].valid)
+
+
+def _sampled_at(scene: Scene, read: ReadWindow, positions: np.ndarray, factor: int) -> Pixels:
     inside = _inside(scene, positions)
     height, width = inside.shape
     if not inside.any():
@@ -287,7 +301,33 @@ def _to_after(before: Scene, after: Scene, xy: np.ndarray) -> np.ndarray:
         between = Transformer.from_crs(CRS.from_wkt(first.crs_wkt), CRS.from_wkt(second.crs_wkt), always_xy=True)
         x, y = between.transform(x, y)
     with np.errstate(invalid="ignore"):
+        if turn := _turn(second.crs_wkt):  # as this scene counts longitudes: 181 degrees may be its -179
+            middle, _ = second.transform @ (after.width / 2, after.height / 2)
+            x = x + turn * np.round((middle - x) / turn)
         return np.stack(_applied(~second.transform, np.stack([x, y], axis=1)), axis=1)
+
+
+@lru_cache(maxsize=64)
+def _turn(crs_wkt: str) -> float:
+    """Once around the Earth in units of a geographic coordinate reference system; 0 of any other."""
+    crs = CRS.from_wkt(crs_wkt)
+    return round(math.tau / crs.axis_info[0].unit_conversion_factor, 6) if crs.is_geographic else 0.0
+
+
+def _around(scene: Scene) -> float:
+    """Pixels of a scene once around the Earth; infinite where its coordinates do not repeat."""
+    place = scene.georeference
+    turn = 0.0 if place is None else _turn(place.crs_wkt)
+    return turn / math.hypot(place.transform.a, place.transform.d) if place and turn else math.inf
+
+
+def _torn(scene: Scene, positions: np.ndarray) -> bool:
+    """Whether neighbours among positions [H, W, 2] lie at either end of a scene around the world."""
+    most = _around(scene) / 2
+    if math.isinf(most):
+        return False
+    with np.errstate(invalid="ignore"):  # where there is no such place
+        return any(bool((np.abs(np.diff(positions, axis=axis)) > most).any()) for axis in (0, 1))
 
 
 def _same_crs(first: str, second: str) -> bool:

@@ -122,6 +122,49 @@ def test_positions_between_the_nodes_are_right_to_a_twentieth_of_a_pixel(tmp_pat
     assert np.abs(found - exact).max() < 0.05
 
 
+@pytest.mark.parametrize("other", [-360, 360])
+def test_longitudes_counted_on_beyond_the_antimeridian_or_from_its_other_side_are_the_same_place(
+    tmp_path: Path, other: int
+) -> None:
+    values = noise(3, 40, 60)
+    west = 179.97 if other < 0 else -180.03
+    before = opened(placed(tmp_path / "a.tif", values, Affine(1e-3, 0, west, 0, -1e-3, -16), crs="EPSG:4326"))
+    after = opened(placed(tmp_path / "b.tif", values, Affine(1e-3, 0, west + other, 0, -1e-3, -16), crs="EPSG:4326"))
+    pair = Pair.of(before, after)
+    assert (pair.overlap_share, pair.warnings) == (1, ())
+    pixels = read(pair)
+    assert pixels.valid.all()
+    np.testing.assert_array_equal(pixels.after.rgb, pixels.before.rgb)
+
+
+def test_a_scene_around_the_world_is_read_at_both_its_ends(tmp_path: Path) -> None:
+    values = noise(3, 180, 360)
+    degrees = {"crs": "EPSG:4326"}
+    before = opened(placed(tmp_path / "a.tif", values, Affine(1, 0, -180, 0, -1, 90), **degrees))
+    later = np.roll(values, 180, axis=2)
+    after = opened(placed(tmp_path / "b.tif", later, Affine(1, 0, 0, 0, -1, 90), **degrees))
+    pair = Pair.of(before, after)
+    assert pair.overlap_share == 1
+    np.testing.assert_array_equal(read(pair).after.rgb, values.transpose(1, 2, 0))
+    np.testing.assert_array_equal(read(pair, (179, 0, 181, 180)).after.rgb, values[:, :, 179:181].transpose(1, 2, 0))
+
+
+def test_a_projected_scene_across_the_antimeridian_lies_on_both_ends_of_a_map_of_the_world(tmp_path: Path) -> None:
+    place = Affine(500, 0, 150_000, 0, -500, 8_225_000)
+    before = opened(placed(tmp_path / "a.tif", noise(3, 60, 200), place, crs="EPSG:32701"))
+    world = Affine(0.1, 0, -180, 0, -0.1, 90)
+    columns = np.broadcast_to((np.arange(3600) // 1800 * 100 + 50).astype("uint8"), (3, 1800, 3600))
+    after = opened(placed(tmp_path / "b.tif", columns, world, crs="EPSG:4326"))
+    assert before.georeference is not None
+    pair = Pair.of(before, after)
+    assert pair.overlap_share == 1
+    shown = read(pair).after.rgb[30, :, 0]
+    longitude = before.georeference.lonlat(np.column_stack([np.arange(200) + 0.5, np.full(200, 30.5)]))[:, 0]
+    assert (longitude > 0).any()
+    assert (longitude < 0).any()
+    np.testing.assert_array_equal(shown, np.where(longitude > 0, 150, 50))
+
+
 def test_pixels_without_data_in_either_are_invalid_and_do_not_bleed(tmp_path: Path) -> None:
     first, second = np.full((3, 40, 40), 100, "uint8"), np.full((3, 40, 40), 200, "uint8")
     first[:, :5], second[:, :, :8] = 0, 0
