@@ -67,7 +67,7 @@ def choose_bands(bands: Sequence[BandInfo], explicit: Sequence[int] = ()) -> Ban
         return BandChoice((by_color["palette"],), declared=True)
     if {"red", "green", "blue"} <= by_color.keys():
         return BandChoice((by_color["red"], by_color["green"], by_color["blue"]), declared=True)
-    shown = [band for band in bands if band.color != "alpha"]
+    shown = _shown(bands)
     return _by_description(shown) or _by_count(shown)
 
 
@@ -91,7 +91,7 @@ def guess_modality(
         return "sar", f"{where} mention {', '.join(sorted(found))}"
     if any(band.dtype.startswith("complex") for band in bands):
         return "sar", "the values are complex"
-    shown = [band for band in bands if band.color != "alpha"]
+    shown = _shown(bands)
     if len(shown) == 1:
         return _one_band(shown[0], described | words, sample)
     if len(shown) == 2:
@@ -99,6 +99,11 @@ def guess_modality(
     if len(shown) == 3:
         return "optical", "three bands shown as red, green and blue"
     return "multispectral", f"{len(shown)} bands; {_listed(choice.indexes)} are shown as red, green and blue"
+
+
+def _shown(bands: Sequence[BandInfo]) -> Sequence[BandInfo]:
+    """The bands that hold a picture: all but alpha, which is one only where there is nothing else."""
+    return [band for band in bands if band.color != "alpha"] or bands
 
 
 def _one_band(band: BandInfo, words: set[str], sample: np.ndarray | None) -> tuple[Modality, str]:

@@ -31,6 +31,11 @@ def test_colour_interpretation_orders_the_bands(tmp_path: Path) -> None:
     assert bands_of(path) == (3, 2, 1)
 
 
+def test_a_file_of_nothing_but_alpha_is_shown_as_grey(tmp_path: Path) -> None:
+    scene = opened(write(tmp_path / "a.tif", noise(1, 9, 9), colors=["alpha"]))
+    assert (scene.choice.indexes, scene.modality) == ((1,), "grayscale")
+
+
 @pytest.mark.parametrize(
     ("descriptions", "chosen"),
     [
