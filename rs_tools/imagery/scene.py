@@ -7,6 +7,7 @@ reader of many windows) opens the file anew under the access policy and refuses 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ _SAMPLE_WINDOW_SIDE = 64
 _DIGEST_CHUNK = 64 * 1024
 _DIGEST_CHUNKS = 64
 _DESCRIPTION = 200  # characters of a band's description
+_ROUNDING = 0.05  # pixels; coordinates in vector files are rounded to a fiftieth
 
 
 class Pixels(NamedTuple):
@@ -145,6 +147,8 @@ class Scene:
     def region(self, region: Sequence[float]) -> Region:
         """The checked region in whole pixels, grown to pixel edges; empty means the whole image.
 
+        What reaches beyond the image by no more than the rounding of an outline's coordinates ends at its edge.
+
         Raises:
             RegionError: not four finite numbers, empty, reversed, or not inside the image.
         """
@@ -157,9 +161,12 @@ class Scene:
         x1, y1, x2, y2 = region
         if x1 >= x2 or y1 >= y2:
             raise RegionError(f"The region {list(region)} is empty or reversed. {rule}")
-        if x1 < 0 or y1 < 0 or x2 > self.width or y2 > self.height:
+        left, top = max(0, math.floor(x1)), max(0, math.floor(y1))
+        right, bottom = min(self.width, math.ceil(x2)), min(self.height, math.ceil(y2))
+        beyond = max(-x1, -y1, x2 - self.width, y2 - self.height)
+        if beyond > _ROUNDING or left >= right or top >= bottom:
             raise RegionError(f"The region {list(region)} is not inside the image. {rule}")
-        return int(np.floor(x1)), int(np.floor(y1)), int(np.ceil(x2)), int(np.ceil(y2))
+        return left, top, right, bottom
 
     def read(self, region: Region, out_size: tuple[int, int]) -> Pixels:
         """Read one window, decimated while reading so that memory follows `out_size` and not the region.

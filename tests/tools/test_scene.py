@@ -85,6 +85,15 @@ def test_an_empty_region_is_the_whole_image_and_fractions_grow_to_pixel_edges(tm
     assert scene.region([1.2, 2.9, 3.1, 4]) == (1, 2, 4, 4)
 
 
+def test_a_region_beyond_the_edge_by_the_rounding_of_an_outlines_coordinates_ends_there(tmp_path: Path) -> None:
+    """An outline from a vectors file, laid back on the pixels by its user, is off by a hundredth of one."""
+    scene = opened(write(tmp_path / "a.tif", noise(3, 30, 40)))
+    assert scene.region([-0.01, -1e-9, 40.02, 30.01]) == (0, 0, 40, 30)
+    for outside in ([39, 0, 40.1, 30], [40.01, 0, 40.04, 30], [0, -0.04, 9, -0.01]):
+        with pytest.raises(RegionError, match="not inside"):
+            scene.region(outside)
+
+
 @pytest.mark.parametrize(
     "region",
     [[0, 0, 41, 30], [-1, 0, 5, 5], [50, 50, 60, 60], [5, 5, 5, 9], [9, 5, 5, 9], [1, 2, 3], [0, 0, NAN, 5]],
