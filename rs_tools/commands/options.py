@@ -22,7 +22,7 @@ Images = Annotated[
     ),
 ]
 Region = Annotated[
-    tuple[int, int, int, int] | None,
+    tuple[float, float, float, float] | None,
     typer.Option(metavar="X1 Y1 X2 Y2", help="Pixels from the top-left corner; the whole image without it."),
 ]
 Bands = Annotated[
@@ -71,7 +71,7 @@ class View:
     as_json: AsJson = False
 
     @property
-    def pixels(self) -> list[int]:
+    def pixels(self) -> list[float]:
         return list(self.region or ())
 
     @property

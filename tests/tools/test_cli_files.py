@@ -68,6 +68,15 @@ def test_files_lie_in_the_folder_that_is_named_and_the_answer_names_them(folder:
         assert file.tags(1)["CLASS_1"] == "water"
 
 
+def test_a_box_of_an_answer_is_taken_as_the_region_of_the_next_question(folder: Path, ask: Any) -> None:
+    found = json.loads(answered(ask("ground", folder / "bay.tif", "ship", "--json")))
+    box = found["objects"][0]["bbox_px"]
+    assert all(isinstance(side, float) for side in box)
+    inside = ["--region", box[0] + 0.25, box[1], *box[2:]]
+    again = json.loads(answered(ask("segment", folder / "bay.tif", "--class", "ship", *inside, "--json")))
+    assert again["classes"][0]["share"] == 1
+
+
 def test_without_a_folder_the_answer_says_where_its_files_are_kept(folder: Path, ask: Any) -> None:
     output = answered(ask("ground", folder / "bay.tif", "ship"))
     assert "1 found for 'ship': [10, 10, 20, 15] score 0.90" in output
