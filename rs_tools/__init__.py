@@ -8,18 +8,20 @@
     ships = scene.ground("ship")
     rs.to_geodataframe(ships).to_file("ships.gpkg")
 
-Each method of an `Image` has an async twin with an `a` before its name.
+Each method of an `Image` has an async twin with an `a` before its name. Processes forked from a script may go on with
+its images.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from functools import cache, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, Literal, ParamSpec, TypeVar
 
 from rs_tools.conversion import to_dict, to_geodataframe, to_geojson
 
@@ -69,7 +71,7 @@ def open(
 
     def tools(*paths: Path) -> Tools:
         policy = AccessPolicy(sorted({path if path.is_dir() else path.parent for path in paths}))
-        return Tools(policy, _client(server, token), artifacts=artifacts)
+        return Tools(policy, _client(os.getpid(), server, token), artifacts=artifacts)
 
     real = Path(path).expanduser().resolve()
     return Image(tools, real, tuple(bands), Path(embeddings).expanduser().resolve() if embeddings else None)
@@ -102,9 +104,17 @@ class Image:
     def __init__(
         self, tools: Callable[..., Tools], path: Path, bands: tuple[int, ...], embeddings: Path | None = None
     ) -> None:
-        self._make_tools, self._file = tools, path
-        self._tools, self._path, self._bands = tools(path, *([embeddings] if embeddings else [])), str(path), bands
+        self._make_tools, self._file, self._path, self._bands = tools, path, str(path), bands
         self._embeddings = str(embeddings or "")
+        self._read = (path, embeddings) if embeddings else (path,)
+        self._made = os.getpid(), tools(*self._read)
+
+    @property
+    def _tools(self) -> Tools:
+        """The tools of this process: a forked one has neither the event loop nor the connections of its parent."""
+        if self._made[0] != os.getpid():
+            self._made = os.getpid(), self._make_tools(*self._read)
+        return self._made[1]
 
     async def ainspect(self) -> InspectResult:
         """Size, bands, georeference and kind of the image."""
@@ -176,22 +186,26 @@ def _submit(work: Coroutine[Any, Any, _Answer]) -> Future[_Answer]:
 
 
 class _Background:
-    """The event loop that owns the clients' connections, so that sync and async callers share them."""
+    """The event loop that owns the clients' connections, so that sync and async callers share them.
+
+    One to a process: threads do not outlive a fork. A parent's loop is kept, for closing it would disturb the parent.
+    """
 
     _lock = threading.Lock()
-    _loop: asyncio.AbstractEventLoop | None = None
+    _loops: ClassVar[dict[int, asyncio.AbstractEventLoop]] = {}
 
     @classmethod
     def loop(cls) -> asyncio.AbstractEventLoop:
         with cls._lock:
-            if cls._loop is None:
-                cls._loop = asyncio.new_event_loop()
-                threading.Thread(target=cls._loop.run_forever, name="rs_tools", daemon=True).start()
-            return cls._loop
+            if (process := os.getpid()) not in cls._loops:
+                cls._loops[process] = asyncio.new_event_loop()
+                threading.Thread(target=cls._loops[process].run_forever, name="rs_tools", daemon=True).start()
+            return cls._loops[process]
 
 
 @cache
-def _client(server: str | None, token: str | None) -> ModelClient:
+def _client(process: int, server: str | None, token: str | None) -> ModelClient:
+    """The client of a process."""
     from rs_tools.client import ModelClient
 
     return ModelClient(server, token)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -82,6 +83,26 @@ def bay(tmp_path: Path) -> Path:
     """A ship and water, at a place on Earth."""
     image = painted(80, 90, ((10, 10, 20, 15), RED), ((40, 40, 60, 60), BLUE))
     return write(tmp_path / "bay.tif", image, photometric="RGB", crs="EPSG:32633", transform=UTM)
+
+
+FORKING = """
+import os, sys
+import rs_tools
+path, server = sys.argv[1:]
+scene = rs_tools.open(path, server=server)
+assert scene.caption().caption == "A river."
+child = os.fork()
+if child == 0:
+    words = [scene.caption().caption, rs_tools.open(path, server=server).caption().caption]
+    os._exit(0 if words == ["A river."] * 2 else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert scene.caption().caption == "A river."
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork processes")
+def test_a_process_that_a_script_forks_asks_on_as_a_pool_of_workers_does(server: str) -> None:
+    subprocess.run([sys.executable, "-c", FORKING, str(ROAD), server], check=True, timeout=300)
 
 
 def test_answers_become_dictionaries_geojson_and_geodataframes(bay: Path, server: str) -> None:
