@@ -1,5 +1,7 @@
 """Questions that boxes and masks answer better than words: how many of one thing there are, how much ground it covers.
 
+Whatever unit of area a question names, the answer is in square metres and says so.
+
 Only plain questions about one thing are read so; with a place, a comparison or a second thing in it, a question stays
 one for the text model. So does the number of what has no clear bounds, and the area of what is seen as a box only.
 """
@@ -32,11 +34,14 @@ _COUNTS = (
     rf"(?:please )?count {_THING}{_END}",
 )
 _COVERED = r"(?:covered|occupied|taken up)"
+_UNIT = r"(?:square (?:kilo)?met(?:er|re)s?|square miles?|hectares?|acres?|ha|k?m2)"
+_IN_UNITS = rf"{_HERE}(?:,? in {_UNIT})?"
 _AREAS = (
-    rf"(?:what|how large an|how much) (?:area|ground|land|surface|space) is {_COVERED} by {_THING}{_HERE}",
-    rf"what is the (?:total )?area (?:{_COVERED} by|of) {_THING}{_HERE}",
-    rf"(?:what|how much) (?:area|ground|land|surface|space) (?:do|does) {_THING} (?:cover|occupy|take up){_HERE}",
-    rf"how many square met(?:er|re)s (?:are {_COVERED} by|of|do|does) {_THING}(?: cover| occupy| are there)?{_HERE}",
+    rf"(?:what|how large an|how much) (?:area|ground|land|surface|space) is {_COVERED} by {_THING}{_IN_UNITS}",
+    rf"(?:what area|how large an area|how much (?:area|ground|land|surface|space)) is {_THING}{_IN_UNITS}",
+    rf"what is the (?:total )?area (?:{_COVERED} by|of) {_THING}{_IN_UNITS}",
+    rf"(?:what|how much) (?:area|ground|land|surface|space) (?:do|does) {_THING} (?:cover|occupy|take up){_IN_UNITS}",
+    rf"how many {_UNIT} (?:are {_COVERED} by|of|do|does) {_THING}(?: cover| occupy| are there)?{_HERE}",
 )
 _PATTERNS = [(kind, re.compile(text)) for kind, texts in (("area", _AREAS), ("count", _COUNTS)) for text in texts]
 # What the model learned boxes of, and what it learned masks of: of a ship it has seen no outline, of a lake no box.

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 NO_DATA = "The region holds no data: every pixel in it is nodata."
 NO_OVERLAP = "Nothing in the region can be compared: it is nodata, or the later image does not cover it."
 _HEAVY_DECIMATION = 4
+_SPECK = 2  # pixels a side
 _MODALITY_WARNINGS = {
     "multispectral": "The image is multispectral; the model saw only the three bands shown as red, green and blue.",
     "sar": "The image looks like radar (SAR); the model was trained on optical images, so its answer is unreliable.",
@@ -170,6 +171,9 @@ def _look_warnings(call: Call, seen: Seen) -> list[str]:
         warnings.append(f"Only {seen.valid:.1%} of the region {holds}.")
     if seen.one_color:
         warnings.append("The region is of one uniform colour; there is little to see in it.")
+    x1, y1, x2, y2 = call.region
+    if max(x2 - x1, y2 - y1) <= _SPECK < max(scene.width, scene.height):
+        warnings.append(f"The region is {x2 - x1} x {y2 - y1} pixels; regions are in pixels, not in degrees.")
     plan = looks.finest
     if looks.coarsened:
         warnings.append(

@@ -37,10 +37,13 @@ def counted(phrase: str, region: Sequence[int], boxes: GroundResult, found: Foun
 
 
 def covered(phrase: str, region: Sequence[int], mask: SegmentResult, painted: Painted) -> VqaResult:
-    """The area of a mask's one class. Confidence: its pixels' mean probability; of none, that the likeliest errs."""
-    pixels = sum(area.pixels for area in painted.areas)
-    mean = sum(area.score * area.pixels for area in painted.areas) / pixels if pixels else 1 - painted.highest[0]
+    """The area of a mask's one class. Confidence: its pixels' mean probability (of single pixels alone their highest);
+    of none, that the likeliest errs."""
     found = mask.classes[0]
+    pixels = sum(area.pixels for area in painted.areas)
+    mean = painted.highest[0] if found.pixels else 1 - painted.highest[0]
+    if pixels:
+        mean = sum(area.score * area.pixels for area in painted.areas) / pixels
     answer = f"{found.area_m2 or 0:.0f}m2"
     whole = Evidence(
         region=list(region),

@@ -79,6 +79,8 @@ def test_every_way_of_asking_is_understood(kind: Kind, held_out: bool) -> None:
         ("Describe the land cover.", "whole"),
         ("ships?", "presence"),
         ("  HOW many\nships ", "count"),
+        ("How many hectares of forest are there?", "area"),
+        ("How many acres have burnt?", "area"),
     ],
 )
 def test_questions_in_other_words_are_understood_too(question: str, scope: Scope) -> None:

@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -157,10 +159,12 @@ async def test_without_a_place_there_are_pixels_and_no_areas(tmp_path: Path, mod
         ([f"class {i}" for i in range(17)], "1 to 16"),
         (["water", " "], "1 to 80 characters"),
         (["x" * 81], "1 to 80 characters"),
+        ("water", "'water'; give a list"),
+        (["wat\ud800er"], "lone surrogate"),
     ],
 )
 async def test_classes_that_cannot_be_asked_for_are_refused_with_the_limit(
-    tools: Tools, model: PlantedModel, classes: list[str], message: str
+    tools: Tools, model: PlantedModel, classes: Sequence[str], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
         await tools.segment("lake.tif", classes)
@@ -174,6 +178,39 @@ async def test_how_much_ground_is_measured_on_a_mask_with_it_as_evidence(tools: 
     assert answer.confidence == pytest.approx(230 / 255, abs=1e-3)
     assert [one.kind for one in answer.artifacts] == ["mask", "vectors"]
     assert answer.evidence[0].artifact == answer.artifacts[0].uri
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "What area is water, in hectares?",
+        "What is the area of water in square kilometres?",
+        "How many hectares of water are there?",
+        "How many acres does water cover?",
+        "How many km2 are covered by water in this image?",
+        "How much land is covered by water in ha?",
+    ],
+)
+async def test_an_area_is_measured_whatever_its_unit_and_given_in_square_metres(tools: Tools, question: str) -> None:
+    answer = await tools.vqa("lake.tif", question, [0, 0, 300, 400])
+    assert answer.kind == "area"
+    assert float(answer.answer.removesuffix("m2")) == pytest.approx(100 * 100 * 100, rel=0.002)
+
+
+async def test_single_pixels_of_a_cover_are_as_sure_as_they_look(tmp_path: Path, model: PlantedModel) -> None:
+    """Too few for an outline, as in a very small image."""
+    (tmp_path / "images").mkdir()
+    write(tmp_path / "images" / "pond.tif", painted(5, 5, ((1, 1, 3, 2), BLUE)), **PLACED)
+    answer = await over(tmp_path, model).vqa("pond.tif", "What is the area covered by water?")
+    assert (answer.answer, answer.abstained) == ("200m2", False)
+    assert answer.confidence == pytest.approx(230 / 255, abs=1e-3)
+
+
+async def test_control_characters_in_a_class_are_spaces_and_its_files_can_be_opened(tools: Tools) -> None:
+    found = await tools.segment("lake.tif", ["wa\x01ter", "water\x00"], [0, 0, 40, 40])
+    assert [one.label for one in found.classes] == ["wa ter", "water"]
+    names = ElementTree.parse(f"{found.artifacts[0].path}.aux.xml").iter("Category")
+    assert [one.text for one in names] == ["none", "wa ter", "water"]
 
 
 async def test_areas_beyond_what_a_file_of_outlines_holds_and_areas_in_parts_are_told(

@@ -144,6 +144,15 @@ async def test_a_sliver_of_a_region_still_has_a_pixel(tools: Tools, client: Scri
     assert {tile.shape[0] for tile in client.tiles} == {1}
 
 
+async def test_degrees_given_as_a_region_are_told_to_be_a_few_pixels(tools: Tools, tmp_path: Path) -> None:
+    write(tmp_path / "here.tif", noise(3, 60, 80), photometric="RGB", crs="EPSG:32633", transform=UTM)
+    told = "The region is 1 x 1 pixels; regions are in pixels, not in degrees."
+    assert told in (await tools.caption("here.tif", [13.73, 45.14, 13.74, 45.15])).warnings
+    assert told not in (await tools.caption("here.tif", [13, 45, 16, 47])).warnings
+    write(tmp_path / "dot.tif", noise(3, 1, 1), photometric="RGB")
+    assert told not in (await tools.caption("dot.tif")).warnings
+
+
 async def test_explicit_bands_are_what_the_model_sees(tools: Tools, client: ScriptedClient, tmp_path: Path) -> None:
     values = noise(4, 8, 8)
     write(tmp_path / "b.tif", values, photometric="RGB")
