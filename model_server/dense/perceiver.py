@@ -153,9 +153,9 @@ class DensePerceiver:
         return sightings
 
     def _objects(self, seen: Sighting, meaning: Meaning, query: Query) -> TileObjects:
-        kind, (height, width) = (meaning.concept, query.modality, query.gsd_m), query.image.shape[:2]
-        confidence = _of(self.calibration.box_confidence, *kind)
-        threshold = torch.tensor(_of(self.calibration.detect, *kind))
+        fitted, (height, width) = self.calibration, query.image.shape[:2]
+        confidence = _of(fitted.box_confidence, meaning.concept, query.modality, query.gsd_m)
+        threshold = torch.tensor(_of(fitted.detect, meaning.concept, query.modality, query.gsd_m))
         scores = _calibrated(seen.scores, confidence)
         enough = scores >= FLOOR
         limit = torch.tensor([width, height, width, height])  # which a mean of boxes may pass by rounding
