@@ -11,6 +11,11 @@ import numpy as np
 from model_server.batching.feature_cache import image_key
 from model_server.protocol import Modality, Task
 
+TASK_TOKEN: dict[Task, str] = {
+    "caption": "[CAP]", "vqa": "[VQA]", "classify": "[CLS]",
+    "ground": "[VG]", "segment": "[SEG]", "detect_change": "[CCD]",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Query:

@@ -13,10 +13,11 @@ from PIL import Image
 from model_server.calibration import Calibration, Logistic
 from model_server.model.generate import Hypothesis, beam_search
 from model_server.model.vision import square
-from model_server.perceiver import ANSWER_BEAMS, ANSWER_TOKENS, DEFAULT_WEIGHTS, Perceiver, Query, WeightsError, Writing
+from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver, Query, WeightsError
 from model_server.protocol import PerceiveRequest, TileAnswer, TileCaption, TileClasses, TileMasks, TileObjects, TileVqa
 from model_server.text.answers import answer_kind
 from model_server.wording import vqa_answer, yes_or_no
+from model_server.writing import ANSWER_BEAMS, ANSWER_TOKENS, Writing
 
 ROOT = Path(__file__).parents[1]
 
@@ -183,8 +184,8 @@ def speak(perceiver: Perceiver, said: dict[str, dict[str, float]], monkeypatch: 
             writing.said[i] = [Hypothesis(tuple(map(ord, t)), math.log(p)) for t, p in texts.items()]
         return tell(writing)
 
-    tell = perceiver._said
-    monkeypatch.setattr(perceiver, "_said", answer)
+    tell = perceiver.writer._said
+    monkeypatch.setattr(perceiver.writer, "_said", answer)
     monkeypatch.setattr(perceiver.tokenizer, "decode", lambda ids: "".join(map(chr, ids)))
 
 

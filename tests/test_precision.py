@@ -155,7 +155,7 @@ def test_half_precision_also_answers_where_nothing_can_be_packed(
     dense_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed = Perceiver.load(dense_weights, precision="bfloat16")
-    monkeypatch.setattr("model_server.perceiver.can_pack", lambda *_: False)
+    monkeypatch.setattr("model_server.serving_form.can_pack", lambda *_: False)
     plain = Perceiver.load(dense_weights, precision="bfloat16")
     image = np.random.default_rng(5).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     for perceiver in (packed, plain):
@@ -188,7 +188,7 @@ def test_a_published_decoder_is_served_with_weights_in_eight_bits(spoken: Callab
 def test_where_nothing_can_be_packed_all_six_tasks_answer_the_same(
     exact: Perceiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("model_server.perceiver.can_pack", lambda *_: False)
+    monkeypatch.setattr("model_server.serving_form.can_pack", lambda *_: False)
     plain = Perceiver.load(DEFAULT_WEIGHTS, precision="float32")
     assert not any(type(m).__name__.startswith("Packed") for m in plain.model.modules())
     queries = of_all_tasks(scene("ordway_swisher_neon.tif"))

@@ -7,7 +7,8 @@ import torch
 
 from engine_tables.bench import STATIC, Bench
 from model_server.checkpoints.store import load_checkpoint
-from model_server.perceiver import CAPTION_TOKENS, TASK_TOKEN
+from model_server.query import TASK_TOKEN
+from model_server.writing import CAPTION_TOKENS
 
 
 async def measure(bench: Bench) -> None:
@@ -15,10 +16,10 @@ async def measure(bench: Bench) -> None:
     perceiver, plain = bench.perceiver, load_checkpoint(bench.weights, "cpu").model
     with torch.inference_mode():
         images = [bench.fresh() for _ in range(max(bench.requests, STATIC))]
-        visual = torch.cat([perceiver.model.encode(perceiver._pixels([image])).visual for image in images])
+        visual = torch.cat([perceiver.model.encode(perceiver.pixels([image])).visual for image in images])
     tokenizer = perceiver.tokenizer
     how = static_generate.Writing(
-        tokenizer.tasks[TASK_TOKEN["caption"]], tokenizer.end, tokenizer.pad, perceiver._banned, CAPTION_TOKENS
+        tokenizer.tasks[TASK_TOKEN["caption"]], tokenizer.end, tokenizer.pad, perceiver.writer.banned, CAPTION_TOKENS
     )
     llama = static_generate.as_llama(plain.decoder)
     sides = {

@@ -58,4 +58,4 @@ async def measure(bench: Bench) -> None:
 @torch.inference_mode()
 def see_one(bench: Bench) -> int:
     perceiver = bench.perceiver
-    return len(see(perceiver.model, perceiver._pixels([bench.fresh()])))
+    return len(see(perceiver.model, perceiver.pixels([bench.fresh()])))
