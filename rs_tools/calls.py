@@ -16,7 +16,7 @@ from rs_tools.looking import Seen
 from rs_tools.results import Provenance, TileGrid
 
 if TYPE_CHECKING:
-    from rs_tools.artifacts import ArtifactStore
+    from rs_tools.artifacts.store import ArtifactStore
     from rs_tools.imagery.anchors import Knowledge
 
 NO_DATA = "The region holds no data: every pixel in it is nodata."

@@ -9,7 +9,7 @@ import shapely
 
 from model_server.change_words import ChangeFacts, place_in
 from model_server.protocol import TileCaption, TileChange
-from rs_tools.artifacts import decimals
+from rs_tools.artifacts.features import decimals
 from rs_tools.calls import NO_OVERLAP, Call, Output, common
 from rs_tools.imagery.alignment import Shift
 from rs_tools.looking import Seen

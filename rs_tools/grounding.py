@@ -8,7 +8,7 @@ import numpy as np
 
 from model_server.protocol import TileObjects
 from model_server.relations import Relation
-from rs_tools.artifacts import Feature, decimals
+from rs_tools.artifacts.features import Feature, decimals
 from rs_tools.calls import Call, Output, common
 from rs_tools.geometry.measures import TileFrame
 from rs_tools.geometry.merging import Detections, merge

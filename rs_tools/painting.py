@@ -16,7 +16,9 @@ import rasterio
 import shapely
 from affine import Affine
 
-from rs_tools.artifacts import ArtifactStore, Feature, MaskWriter
+from rs_tools.artifacts.features import Feature
+from rs_tools.artifacts.mask import MaskWriter
+from rs_tools.artifacts.store import ArtifactStore
 from rs_tools.calls import Call, Output
 from rs_tools.geometry.blending import NODATA, Band, Blender
 from rs_tools.geometry.measures import Georeference, MaskTotals, TileFrame

@@ -47,7 +47,7 @@ from rs_tools.user_folder import artifacts_folder
 from rs_tools.wording import answered, captioned, classified, looks_for
 
 if TYPE_CHECKING:  # what makes boxes and masks is imported when one is asked for: the tools must start fast
-    from rs_tools.artifacts import ArtifactStore
+    from rs_tools.artifacts.store import ArtifactStore
     from rs_tools.grounding import Found
     from rs_tools.painting import Painted
 
@@ -328,7 +328,7 @@ class Tools:
     def _store(self) -> ArtifactStore:
         """The folder of artifacts, made when it is first needed."""
         if self._kept_store is None:
-            from rs_tools.artifacts import ArtifactStore
+            from rs_tools.artifacts.store import ArtifactStore
 
             self._kept_store = ArtifactStore(self._artifacts or artifacts_folder())
         return self._kept_store

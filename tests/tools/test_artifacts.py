@@ -17,7 +17,8 @@ import shapely
 from affine import Affine
 from pyproj import CRS
 
-from rs_tools.artifacts import PIXEL_SPACE, ArtifactStore, Feature
+from rs_tools.artifacts.features import PIXEL_SPACE, Feature
+from rs_tools.artifacts.store import ArtifactStore
 from rs_tools.errors import ArtifactError
 from rs_tools.preview import class_color
 from rs_tools.results import Artifact, Provenance
@@ -49,7 +50,7 @@ def random_mask(height: int, width: int) -> np.ndarray:
 def test_a_mask_is_a_valid_cog_with_crs_colours_and_class_names(
     store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, rows: int, waiting: int
 ) -> None:
-    monkeypatch.setattr("rs_tools.artifacts._WAITING_BYTES", waiting)
+    monkeypatch.setattr("rs_tools.artifacts.mask._WAITING_BYTES", waiting)
     values = random_mask(1300, 700)
     artifact = mask_of(store, values, rows, crs_wkt=UTM33, transform=GRID)
     assert artifact.mime_type == "application/x-geotiff"

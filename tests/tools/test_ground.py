@@ -14,7 +14,7 @@ from rasterio.warp import transform
 from rasters import UTM, ScriptedClient, size, write
 
 from model_server.protocol import PerceiveRequest, PerceiveResponse
-from rs_tools.artifacts import PIXEL_SPACE
+from rs_tools.artifacts.features import PIXEL_SPACE
 from rs_tools.errors import InputError, ServerError
 from rs_tools.results import GroundResult
 from rs_tools.summary import headline

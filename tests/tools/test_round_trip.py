@@ -13,7 +13,8 @@ from pyproj import CRS
 from rasterio.features import rasterize
 from rasterio.warp import transform_geom
 
-from rs_tools.artifacts import ArtifactStore, Feature
+from rs_tools.artifacts.features import Feature
+from rs_tools.artifacts.store import ArtifactStore
 from rs_tools.geometry.blending import Blender
 from rs_tools.geometry.measures import Georeference, MaskTotals, TileFrame
 from rs_tools.geometry.vectors import MaskOutliner, measured, placed, simplified
