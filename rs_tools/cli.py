@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 import typer
 
 from rs_tools.commands import places, service, words
@@ -24,6 +27,8 @@ for group in (words.app, places.app, service.app):
 
 
 def main() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name in another encoding must not end the work
+        sys.stdout.reconfigure(errors="backslashreplace")
     app()
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from rs_tools.calls import elapsed, scene_provenance
 from rs_tools.errors import PerceptionError
-from rs_tools.imagery.access import AccessPolicy, stamp_of
+from rs_tools.imagery.access import AccessPolicy, in_unicode, stamp_of
 from rs_tools.imagery.scene import Scene
 from rs_tools.results import Band, InspectResult, ListedImage, ListResult, Provenance
 
@@ -51,6 +51,9 @@ def listing(policy: AccessPolicy, folder: str) -> ListResult:
     images: list[ListedImage] = []
     unreadable: list[str] = []
     for path in paths[:MAX_LISTED]:
+        if not in_unicode(path):
+            unreadable.append(f"The name of {ascii(path.name)} is not Unicode text, so it cannot be handed on: rename it.")
+            continue
         try:
             images.append(_listed(policy, path))
         except PerceptionError as error:

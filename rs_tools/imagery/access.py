@@ -181,6 +181,11 @@ class LocalFile:
         return os.pread(self.descriptor, count, offset)
 
 
+def in_unicode(path: Path) -> bool:
+    """Whether a path can stand in an answer: of a name in another encoding Python makes half characters."""
+    return not any("\ud800" <= sign <= "\udfff" for sign in str(path))
+
+
 def stamp_of(source: Source) -> Stamp:
     """The present state of an image.
 

@@ -15,7 +15,7 @@ from mcp.types import (
 )
 
 from rs_tools.errors import ServerUnavailable
-from rs_tools.imagery.access import AccessPolicy
+from rs_tools.imagery.access import AccessPolicy, in_unicode
 from rs_tools.mcp.prompts import CLASS_ARGUMENTS, IMAGE_ARGUMENTS
 from rs_tools.model_facts import ModelFacts
 from rs_tools.tools import Tools
@@ -44,7 +44,7 @@ def add_completions(server: MCPServer[Tools], policy: AccessPolicy, facts: Model
 
 def _images(policy: AccessPolicy, typed: str) -> list[str]:
     """Paths that begin with what was typed, or whose file name has it somewhere."""
-    paths = (str(path) for path in islice(policy.images(), MAX_SEARCHED))
+    paths = (str(path) for path in islice(policy.images(), MAX_SEARCHED) if in_unicode(path))
     return [path for path in paths if path.startswith(typed) or typed.lower() in path.rpartition("/")[2].lower()]
 
 

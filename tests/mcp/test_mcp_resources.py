@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -173,6 +174,9 @@ async def test_arguments_of_prompts_complete_to_images_and_classes(client: Clien
             return (await session.complete(flood, given)).completion.values
 
         assert await completed("before", "late") == [str(small / "later.tif")]
+        (small / os.fsdecode(b"caf\xe9.tif")).touch()  # a name that no answer can hold
+        assert await completed("before", "caf") == []
+        (small / os.fsdecode(b"caf\xe9.tif")).unlink()
         assert await completed("after", str(small / "sc")) == [str(small / "scene.tif")]
         assert (await completed("exposed", "b"))[0] == "building"
         assert await completed("exposed", "no such thing") == []

@@ -52,6 +52,16 @@ def test_list_shows_the_images_of_a_folder() -> None:
         assert scene.name in done.stdout
 
 
+def test_a_file_named_in_another_encoding_is_answered_in_json_that_leads_back_to_it(tmp_path: Path) -> None:
+    named = tmp_path / os.fsdecode(b"caf\xe9.tif")
+    named.write_bytes(SCENE.read_bytes())
+    done = rs_tools("inspect", tmp_path, "--json")
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout)
+    assert Path(line["image"]) == named
+    assert line["answer"]["width"] == 560
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

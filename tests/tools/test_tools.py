@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -350,6 +351,15 @@ async def test_listing_tells_readable_images_with_sizes_and_names_those_that_are
     assert [warning for warning in found.warnings if "notes.tif is a text file" in warning]
     assert [image.width for image in (await tools.list_images("sub")).images] == [6]
     assert (await tools.inspect_image(found.images[1].image)).width == 6
+
+
+async def test_a_file_named_in_another_encoding_is_told_and_does_not_end_the_listing(
+    tools: Tools, tmp_path: Path
+) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.tif")).write_bytes((tmp_path / "a.tif").read_bytes())
+    found = await tools.list_images()
+    assert [Path(image.image).name for image in found.images] == ["a.tif"]
+    assert any("caf" in warning and "not Unicode text" in warning for warning in found.warnings)
 
 
 async def test_a_long_listing_is_cut_and_says_so(tools: Tools, tmp_path: Path) -> None:
