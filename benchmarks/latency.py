@@ -1,4 +1,4 @@
-"""What a caller waits for: listing the tools, the first answer, a warm answer, and many callers at once.
+"""What a caller waits for: the list of tools, the first answer, warm ones, boxes and masks; and many callers at once.
 
     python benchmarks/latency.py [--out latency.json] [--weights DIR] [--image scene.tif]
 
@@ -28,13 +28,14 @@ from typing import Any
 import numpy as np
 from mcp import Client
 from mcp.client.stdio import StdioServerParameters
-from measuring.asked import SCENE, WORDS, read_tiles
+from measuring.asked import DENSE, DENSE_TILE, SCENE, WORDS, read_tiles
 from measuring.figures import markdown, percentile
 
 from model_server.protocol import PerceiveResponse
 from rs_tools.client import ModelClient
 
 CALLERS = (1, 4, 16)
+DENSE_REPEATS = 7
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,21 @@ async def warm_figures(client: ModelClient, tiles: list[np.ndarray]) -> list[Fig
     return figures
 
 
+async def dense_figures(client: ModelClient, image: Path) -> list[Figure]:
+    """Boxes, masks and change of tiles that were never seen, one at a time."""
+    tiles = iter(read_tiles(image, 2 * (DENSE_REPEATS + 1) * len(DENSE), DENSE_TILE))
+    figures = []
+    for name, request in DENSE.items():
+        images = 2 if request.task == "detect_change" else 1
+        seconds = [
+            await timed(client.perceive(request, [next(tiles) for _ in range(images)]))
+            for _ in range(DENSE_REPEATS + 1)
+        ]
+        for said, value in (("median", statistics.median(seconds[1:])), ("highest", max(seconds[1:]))):
+            figures.append(Figure(f"{name}, a new tile of {DENSE_TILE} pixels, {said}", value, "s", "<= 1"))
+    return figures
+
+
 async def throughput_figures(client: ModelClient, tiles: list[np.ndarray], seconds: float) -> list[Figure]:
     """Tiles per second with each number of callers, on tiles seen before (engine.py measures new ones too).
 
@@ -156,6 +172,8 @@ async def measure(
             where = machine(await client.perceive(WORDS[0], tiles[:1]))
             report("warm latency ...")
             figures += await warm_figures(client, tiles)
+            report("boxes, masks and change ...")
+            figures += await dense_figures(client, image)
             report("throughput ...")
             figures += await throughput_figures(client, tiles, seconds)
             where["engine"] = (await client.health())["engine"]
