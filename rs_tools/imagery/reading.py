@@ -77,6 +77,7 @@ class BandReader:
 
     Attributes:
         at_once: pixels that are worth reading at once, within bounds of memory.
+        missing: float32 [C, 1, 1], what stands for nodata in each band; NaN where nothing does.
     """
 
     def __init__(self, dataset: DatasetReader, choice: BandChoice) -> None:
@@ -91,6 +92,8 @@ class BandReader:
         self.at_once = _AT_ONCE // self._dtype.itemsize
         flags = dataset.mask_flag_enums
         self._complete = all(MaskFlags.all_valid in flags[index - 1] for index in self._bands)
+        missing = [dataset.nodatavals[index - 1] for index in self._bands]
+        self.missing = np.array([np.nan if value is None else value for value in missing], np.float32)[:, None, None]
         self._overviews = dataset.overviews(1)
         self._block: tuple[int, int] = dataset.block_shapes[0]
         self._part_pixels = CACHE_BYTES / 3 / pixel_bytes(dataset)
@@ -153,20 +156,27 @@ class BandReader:
         fine = self._dataset.read(self._bands, window=window, out_shape=shape)
         if np.iscomplexobj(fine):
             fine = np.abs(fine)
+        masks = self._masks(window, shape)
         # False for NaN as well
-        known = self._valid(window, shape) & (np.abs(fine) < _UNDECLARED).all(axis=0)
+        known = masks.any(axis=0) & (np.abs(fine) < _UNDECLARED).all(axis=0)
+        own = known & masks  # what is missing in a band alone takes no part in that band's mean
         cells = (height, fine_y, width, fine_x)
-        count = np.sum(known.reshape(cells), axis=(1, 3))
-        total = np.where(known, fine, 0).reshape(bands, *cells).sum(axis=(2, 4), dtype=np.float64)
+        count = own.reshape(-1, *cells).sum(axis=(2, 4))
+        total = np.where(own, fine, 0).reshape(bands, *cells).sum(axis=(2, 4), dtype=np.float64)
         values[:] = total / np.maximum(count, 1)
-        valid[:] = count > 0
+        valid[:] = known.reshape(cells).any(axis=(1, 3))
+        if not count.all():
+            values[:] = np.where((count == 0) & valid, self.missing, values)
 
-    def _valid(self, window: Window, shape: tuple[int, ...]) -> np.ndarray | bool:
+    def _valid(self, window: Window, shape: tuple[int, ...]) -> np.ndarray:
         """A pixel is valid where any shown band is: with nodata 0, black in one band alone is a colour."""
+        return self._masks(window, shape).any(axis=0)
+
+    def _masks(self, window: Window, shape: tuple[int, ...]) -> np.ndarray:
+        """Where each band holds data, bool [C, H, W]; [1, H, W] where all do."""
         if self._complete:
-            return True
-        masks = self._dataset.read_masks(self._bands, window=window, out_shape=shape)
-        return (masks > 0).any(axis=0)
+            return np.ones((1, *shape[1:]), bool)
+        return self._dataset.read_masks(self._bands, window=window, out_shape=shape) > 0
 
 
 def eight_bit(dataset: DatasetReader, choice: BandChoice) -> bool:

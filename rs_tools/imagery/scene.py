@@ -259,12 +259,17 @@ def _band_infos(dataset: DatasetReader) -> tuple[BandInfo, ...]:
 
 
 def _sample(dataset: DatasetReader, choice: BandChoice) -> np.ndarray | None:
-    """Valid values [C, N] of the chosen bands from all over the scene; None where colours need no stretch."""
+    """Valid values [C, N] of the chosen bands from all over the scene; None where colours need no stretch.
+
+    Pixels where one band alone is nodata count only where there are no others: a colour or not, that is no measurement.
+    """
     if _is_palette(dataset, choice) or (eight_bit(dataset, choice) and choice.declared):
         return None
     bands = BandReader(dataset, choice)
     parts = [bands.read(window, size) for window, size in _sample_windows(dataset)]
-    return np.concatenate([values[:, valid] for values, valid in parts], axis=1)
+    sample = np.concatenate([values[:, valid] for values, valid in parts], axis=1)
+    measured = (sample != bands.missing[..., 0]).all(axis=0)
+    return sample[:, measured] if measured.any() else sample
 
 
 def _stretch(dataset: DatasetReader, choice: BandChoice, sample: np.ndarray | None, *, radar: bool) -> Stretch:

@@ -102,6 +102,22 @@ def test_nodata_of_single_bands_is_obeyed_band_by_band(tmp_path: Path) -> None:
     assert valid.sum() == 63
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int16"])
+def test_nodata_in_one_band_alone_spoils_neither_the_stretch_nor_its_neighbours(tmp_path: Path, dtype: str) -> None:
+    """As in the gaps of Landsat 7, which lie elsewhere in each band."""
+    values = noise(3, 64, 64, low=1000, high=4000, dtype=dtype)
+    gaps = values.copy()
+    gaps[0, :, ::8] = -9999
+    place: dict[str, Any] = {"photometric": "MINISBLACK", "descriptions": ["red", "green", "blue"]}
+    scene = opened(write(tmp_path / "gaps.tif", gaps, nodata=-9999, **place))
+    assert all(900 < low < high < 4100 for low, high in scene.stretch.limits)
+    full = whole(opened(write(tmp_path / "full.tif", values, **place)), (16, 16))
+    reduced = whole(scene, (16, 16))
+    assert reduced.valid.all()
+    assert np.abs(reduced.rgb.astype(float) - full.rgb).max() < 60
+    assert set(whole(scene).rgb[:, ::8, 0].ravel().tolist()) == {0}
+
+
 @pytest.mark.parametrize("missing", [NAN, float("inf"), -float("inf"), -3.4028234663852886e38, 1e38])
 def test_the_largest_decimals_are_missing_pixels_also_where_the_file_does_not_say_so(
     tmp_path: Path, missing: float
