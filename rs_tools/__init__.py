@@ -64,15 +64,17 @@ def open(
             modulated by them; words, classes and boxes are then asked for with them.
 
     Raises:
-        AccessError: the file's folder does not exist. A missing or damaged file is reported by the first question.
+        AccessError: an address, or the file's folder does not exist. A missing or damaged file is reported by the
+            first question.
     """
-    from rs_tools.imagery.access import AccessPolicy
+    from rs_tools.imagery.access import AccessPolicy, refuse_address
     from rs_tools.tools import Tools
 
     def tools(*paths: Path) -> Tools:
         policy = AccessPolicy(sorted({path if path.is_dir() else path.parent for path in paths}))
         return Tools(policy, _client(os.getpid(), server, token), artifacts=artifacts)
 
+    refuse_address(path)
     real = Path(path).expanduser().resolve()
     return Image(tools, real, tuple(bands), Path(embeddings).expanduser().resolve() if embeddings else None)
 
@@ -164,6 +166,9 @@ class Image:
 
     def _with(self, other: Path) -> tuple[Tools, str]:
         """Tools that may also read the other image, which may lie in another folder."""
+        from rs_tools.imagery.access import refuse_address
+
+        refuse_address(other)
         real = other.expanduser().resolve()
         return self._make_tools(self._file, real), str(real)
 

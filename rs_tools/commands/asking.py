@@ -149,11 +149,13 @@ def ask_all(subjects: Sequence[Subject], ask: _AskSubject, view: View, ending: s
     Whoever names a file at a terminal may read it: the folders of the images are the allowed roots.
     """
     from rs_tools.client import ModelClient
-    from rs_tools.imagery.access import AccessPolicy
+    from rs_tools.imagery.access import AccessPolicy, refuse_address
     from rs_tools.tools import Tools
 
     with refusing():
         named = [image for subject in subjects for image in subject.images]
+        for image in named:
+            refuse_address(image)
         policy = AccessPolicy(_roots([*named, Path(view.known)] if view.known else named))
 
     upstream = view.upstream

@@ -10,6 +10,7 @@ what callers handed over, each for that caller alone.
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -234,6 +235,12 @@ def _open_below(root: Path, parts: tuple[str, ...]) -> int:
         return os.open(parts[-1] if parts else ".", flags | os.O_NONBLOCK, dir_fd=folder)
     finally:
         os.close(folder)
+
+
+def refuse_address(name: str | Path) -> None:
+    """Raise AccessError for an address where a script or a terminal is to name a file of its own."""
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(name), re.IGNORECASE):  # a path has lost the second slash
+        raise AccessError(f"{_shown(str(name))} is an address; files are read here: download it and give its path.")
 
 
 def _folder(root: str | Path) -> Path:

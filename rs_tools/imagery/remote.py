@@ -193,6 +193,8 @@ class RemoteFiles:
         """
         import httpx
 
+        if text.lower().startswith("file:"):
+            raise AccessError("Addresses of files (file://...) are not read; give the path alone.")
         if not self.hosts:
             raise AccessError(
                 "URLs are not read here; download the image into an allowed folder and give its path. (Whoever runs "

@@ -85,7 +85,7 @@ def test_a_missing_file_is_told_apart_from_a_forbidden_one(root: Path) -> None:
     ("name", "advice"),
     [
         ("https://example.org/a.tif", "download"),
-        ("file:///etc/passwd", "URLs"),
+        ("file:///etc/passwd", "path alone"),
         ("/vsicurl/http://example.org/a.tif", "URLs"),
         ("/vsizip/a.zip/a.tif", "/vsi"),
         ("/VSIMEM/a.tif", "/vsi"),

@@ -120,6 +120,8 @@ def test_patterns_and_names_stand_for_their_files_once_each(
 
 def test_when_every_image_is_refused_or_none_is_there_the_status_is_1(folder: Path, ask: Any) -> None:
     assert ask("ground", folder, " ").exit_code == 1
+    address = ask("ground", "https://example.org/a.tif", "ship")
+    assert (address.exit_code, "download it" in address.stderr) == (1, True)
     nothing = ask("ground", folder / "*.jp2", "ship")
     assert (nothing.exit_code, "No file fits" in nothing.stderr) == (1, True)
     (folder / "empty").mkdir()

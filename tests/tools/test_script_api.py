@@ -53,6 +53,10 @@ def test_errors_arrive_as_they_were_raised(tmp_path: Path, server: str) -> None:
         rs_tools.open(tmp_path / "absent.tif", server=server).caption()
     with pytest.raises(AccessError):
         rs_tools.open(tmp_path / "no folder" / "absent.tif", server=server)
+    with pytest.raises(AccessError, match="download it"):
+        rs_tools.open("https://example.org/a.tif", server=server)
+    with pytest.raises(AccessError, match="download it"):
+        rs_tools.open(ROAD, server=server).detect_change("https://example.org/a.tif")
 
 
 def test_bands_are_chosen_once_for_all_questions(tmp_path: Path, server: str) -> None:
