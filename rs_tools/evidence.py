@@ -44,7 +44,7 @@ def covered(phrase: str, region: Sequence[int], mask: SegmentResult, painted: Pa
     mean = painted.highest[0] if found.pixels else 1 - painted.highest[0]
     if pixels:
         mean = sum(area.score * area.pixels for area in painted.areas) / pixels
-    answer = f"{found.area_m2 or 0:.0f}m2"
+    answer = "unknown: a part of it has no place on Earth" if found.area_m2 is None else f"{found.area_m2:.0f}m2"
     whole = Evidence(
         region=list(region),
         answer=f"{found.share:.2%} of the pixels with data are {phrase!r}",

@@ -22,6 +22,7 @@ _CURVE_ROUNDS = 14  # halvings of an edge: enough to follow one that meets a pol
 _GEODESIC_STEP = 0.02  # degrees; between points this close a geodesic is the straight line of the map
 _AREA_NODES = 129  # per axis; between them the area of a pixel is interpolated
 _COUNTED_PIXELS = 2**18  # at once: counting takes some 40 bytes for each
+_MOST_TURNS = 2  # around the Earth that longitudes run on
 _POLES = np.array([[0.0, 90.0], [0.0, -90.0]])
 
 
@@ -84,11 +85,14 @@ class Georeference:
         if transform.is_degenerate or transform.almost_equals(Affine.identity()):
             return None
         try:
-            found = cls(transform, crs_wkt, CRS.from_wkt(crs_wkt).to_epsg())
-            centre = found.lonlat(np.array([[width / 2, height / 2]]))
+            crs = CRS.from_wkt(crs_wkt)
+            found = cls(transform, crs_wkt, crs.to_epsg())
+            [[lon, lat]] = found.lonlat(np.array([[width / 2, height / 2]]))
         except (CRSError, ProjError):  # a local or engineering CRS has no tie to Earth
             return None
-        return found if np.isfinite(centre).all() else None
+        # Metres that are said to be degrees come out as they are, and a plane through the Earth is no map.
+        on_earth = abs(lat) <= 90 and abs(lon) <= _MOST_TURNS * 360 and not crs.is_geocentric
+        return found if on_earth else None
 
     def lonlat(self, xy: np.ndarray) -> np.ndarray:
         """Lon/lat in degrees of pixel positions.

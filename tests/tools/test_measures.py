@@ -310,6 +310,11 @@ def test_a_transform_that_places_nothing_is_no_georeference(transform: Affine) -
     assert Georeference.of(CRS.from_epsg(32633).to_wkt(), transform, 10, 10) is None
 
 
+@pytest.mark.parametrize("epsg", [4326, 4978])
+def test_metres_that_are_said_to_be_degrees_and_a_plane_through_the_earth_are_no_georeference(epsg: int) -> None:
+    assert Georeference.of(CRS.from_epsg(epsg).to_wkt(), Affine(10, 0, 400_000, 0, -10, 5e6), 10, 10) is None
+
+
 def test_a_position_off_the_projection_is_no_georeference() -> None:
     wkt = CRS.from_epsg(32633).to_wkt()
     assert Georeference.of(wkt, Affine(1, 0, 1e30, 0, -1, 1e30), 10, 10) is None

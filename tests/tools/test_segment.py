@@ -16,6 +16,7 @@ import pytest
 import rasterio
 from planted import BLUE, BROWN, COLORS, NOT_KNOWN, PLACED, PlantedModel, over, painted
 from pyproj import Geod
+from rasterio import Affine
 from rasterio.features import rasterize
 from rasterio.warp import transform_geom
 from rasters import REPOSITORY, UTM, features, size, write
@@ -195,6 +196,14 @@ async def test_an_area_is_measured_whatever_its_unit_and_given_in_square_metres(
     answer = await tools.vqa("lake.tif", question, [0, 0, 300, 400])
     assert answer.kind == "area"
     assert float(answer.answer.removesuffix("m2")) == pytest.approx(100 * 100 * 100, rel=0.002)
+
+
+async def test_an_area_that_reaches_off_the_map_is_unknown_and_not_zero(tmp_path: Path, model: PlantedModel) -> None:
+    (tmp_path / "images").mkdir()
+    disk = {"crs": "+proj=ortho +lat_0=40 +lon_0=10", "transform": Affine(50_000, 0, -7.5e6, 0, -50_000, 5e6)}
+    write(tmp_path / "images" / "disk.tif", painted(200, 300, ((0, 0, 200, 200), BLUE)), photometric="RGB", **disk)
+    answer = await over(tmp_path, model).vqa("disk.tif", "What is the area covered by water?")
+    assert (answer.abstained, answer.answer) == (True, "unknown: a part of it has no place on Earth")
 
 
 async def test_single_pixels_of_a_cover_are_as_sure_as_they_look(tmp_path: Path, model: PlantedModel) -> None:
