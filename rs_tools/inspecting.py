@@ -52,7 +52,7 @@ def listing(policy: AccessPolicy, folder: str) -> ListResult:
     unreadable: list[str] = []
     for path in paths[:MAX_LISTED]:
         if not in_unicode(path):
-            unreadable.append(f"The name of {ascii(path.name)} is not Unicode text, so it cannot be handed on: rename it.")
+            unreadable.append(f"The name of {path.name!a} is not Unicode text, which no answer can hold: rename it.")
             continue
         try:
             images.append(_listed(policy, path))

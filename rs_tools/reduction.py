@@ -83,7 +83,8 @@ _COMPARES = re.compile(
     r"|\b(greater|larger|higher|smaller|lower)\b.*\b(than|number|amount)\b"
 )
 _AREAS = re.compile(
-    r"\bsquare (met(re|er)s?|kilomet(re|er)s?|miles?)\b|\b(hectares?|acres?|ha|k?m2)\b|\bhow much (area|ground|land|space|surface)\b"
+    r"\bsquare (met(re|er)s?|kilomet(re|er)s?|miles?)\b|\b(hectares?|acres?|ha|k?m2)\b"
+    r"|\bhow much (area|ground|land|space|surface)\b"
     r"|\b(area|surface|extent|space)\b.*\b(cover(ed)?|occup(y|ied)|take|have)\b|\b(area|extent|surface) of\b"
 )
 _COUNTS = re.compile(r"\bhow many\b|\bcount\b|\b(number|amount|quantity) of\b")
