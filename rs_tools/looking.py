@@ -24,7 +24,7 @@ from rs_tools.imagery.tiling import Looks
 from rs_tools.memory import give_back
 from rs_tools.reduction import Look
 
-# The engine's own largest batch; benchmarks/scene.py prints what other sizes cost.
+# As many as the engine considers for one pass; benchmarks/scene.py prints what other sizes cost.
 BATCH = 16
 _EMPTY_PER_BATCH = 64  # tiles without data are not asked about, but they take time to read: report them too
 

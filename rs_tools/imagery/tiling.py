@@ -1,6 +1,6 @@
 """How a region of a scene is cut into looks for the model: the one place where scales are chosen.
 
-The model works on `MODEL_SIDE` pixels and was trained on imagery of 0.3 to 10 m per pixel. So:
+The model works on `MODEL_SIDE` pixels and was trained on imagery of 0.15 to 10 m per pixel. So:
 
 - A region of at most `TILE_SIDE` pixels a side is one look.
 - A question about the whole (what kind of scene, a caption) gets an overview of it and, where that is larger than
