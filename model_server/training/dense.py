@@ -45,7 +45,7 @@ class DenseRun:
     data: Path
     run: Path
     config: str = "nano"
-    steps: int = 12_300
+    steps: int = 17_500
     batch: int | None = None
     side: int | None = None
     rate: float = 2.5e-4
