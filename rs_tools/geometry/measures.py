@@ -87,7 +87,7 @@ class Georeference:
         try:
             crs = CRS.from_wkt(crs_wkt)
             found = cls(transform, crs_wkt, crs.to_epsg())
-            [[lon, lat]] = found.lonlat(np.array([[width / 2, height / 2]]))
+            lon, lat = _to_wgs84(crs_wkt).transform(*(transform @ (width / 2, height / 2)))
         except (CRSError, ProjError):  # a local or engineering CRS has no tie to Earth
             return None
         # Metres that are said to be degrees come out as they are, and a plane through the Earth is no map.
@@ -101,9 +101,11 @@ class Georeference:
             xy: float [N, 2] pixel positions.
 
         Returns:
-            float64 [N, 2]; infinite where the projection has no such place.
+            float64 [N, 2]; infinite where the projection has no such place. Of a grid whose outermost pixels are
+            centred on the poles, the half that lies beyond them is at the pole.
         """
-        return np.stack(_to_wgs84(self.crs_wkt).transform(*_applied(self.transform, xy)), axis=1)
+        lon, lat = _to_wgs84(self.crs_wkt).transform(*_applied(self.transform, xy))
+        return np.stack([lon, np.where(np.isinf(lat), lat, np.clip(lat, -90, 90))], axis=1)
 
     def pixels(self, lonlat: np.ndarray) -> np.ndarray:
         """The inverse of `lonlat`: float64 [N, 2] pixel positions of float [N, 2] degrees."""
@@ -251,6 +253,7 @@ class Georeference:
             part = (along * offset).sum(axis=1) / length**2
             # A line around the world the other way also ends where the edge ends, but its middle is far along.
             straight = (aside <= limit) & (np.abs(part - 0.5) <= 0.25)
+            straight |= (np.abs(lonlat[[edges, edges + 1], 1]) == 90).all(axis=0)  # a pole has no length
         return ~straight & (length > limit) & np.isfinite(step).all(axis=1)
 
     def _pole_within(self, ring: np.ndarray) -> float | None:
@@ -267,7 +270,8 @@ class Georeference:
 class PixelAreas:
     """Square metres that each pixel of a region covers, on the WGS84 ellipsoid.
 
-    Computed at nodes and interpolated bilinearly between them. The error is below 0.1 % for pixels of up to 8 degrees.
+    Computed at nodes and interpolated bilinearly between them. The error is below 0.1 % for pixels of up to 8 degrees, but
+    some percent for the rows next to a pole where pixels are centred on it.
 
     Attributes:
         x, y: pixel positions of the columns and rows of nodes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from pyproj import CRS, Transformer
 
 from rs_tools.geometry.measures import Georeference, MaskTotals, TileFrame, geodesic_area_m2
+from rs_tools.geometry.vectors import Shape, measured, placed
 
 
 def georeference(epsg: int, transform: Affine, size: tuple[int, int] = (100, 80)) -> Georeference:
@@ -308,6 +310,25 @@ def test_a_class_that_reaches_off_the_map_or_has_no_map_has_no_area() -> None:
 @pytest.mark.parametrize("transform", [Affine.identity(), Affine(0, 0, 5, 0, 0, 5)])
 def test_a_transform_that_places_nothing_is_no_georeference(transform: Affine) -> None:
     assert Georeference.of(CRS.from_epsg(32633).to_wkt(), transform, 10, 10) is None
+
+
+@pytest.mark.parametrize("west", [-0.125, -180.125])
+def test_a_grid_whose_outermost_pixels_are_centred_on_the_poles_ends_at_them(west: float) -> None:
+    """As global models of the atmosphere are stored."""
+    place = Georeference.of(CRS.from_epsg(4326).to_wkt(), Affine(0.25, 0, west, 0, -0.25, 90.125), 1440, 721)
+    assert place is not None
+    assert place.area_m2((0, 0, 1440, 721)) == pytest.approx(5.1007e14, rel=1e-3)
+    ring = np.array(place.ring([100, 0, 160, 3]))
+    assert ring[:, 1].max() == 90
+    assert len(ring) < 60
+    cap = shapely.box(0, 0, 60, 3)
+    [shape] = measured([Shape(1, 180, cap)], place)
+    metres_a_degree = 111_694  # of latitude at the pole
+    assert shape.area_m2 == pytest.approx((0.625 * metres_a_degree) ** 2 / 2 * math.radians(15), rel=0.001)
+    [polygon] = placed([cap], place)
+    assert polygon is not None
+    assert polygon.is_valid
+    assert polygon.bounds[3] == 90
 
 
 @pytest.mark.parametrize("epsg", [4326, 4978])
