@@ -170,7 +170,7 @@ class BandReader:
 
     def _valid(self, window: Window, shape: tuple[int, ...]) -> np.ndarray:
         """A pixel is valid where any shown band is: with nodata 0, black in one band alone is a colour."""
-        return self._masks(window, shape).any(axis=0)
+        return np.logical_or.reduce(self._masks(window, shape), axis=0)
 
     def _masks(self, window: Window, shape: tuple[int, ...]) -> np.ndarray:
         """Where each band holds data, bool [C, H, W]; [1, H, W] where all do."""
