@@ -270,8 +270,8 @@ class Georeference:
 class PixelAreas:
     """Square metres that each pixel of a region covers, on the WGS84 ellipsoid.
 
-    Computed at nodes and interpolated bilinearly between them. The error is below 0.1 % for pixels of up to 8 degrees, but
-    some percent for the rows next to a pole where pixels are centred on it.
+    Computed at nodes and interpolated bilinearly between them. The error is below 0.1 % for pixels of up to 8 degrees,
+    but some percent for the rows next to a pole where pixels are centred on it.
 
     Attributes:
         x, y: pixel positions of the columns and rows of nodes.
