@@ -72,7 +72,7 @@ def open(
 
     def tools(*paths: Path) -> Tools:
         policy = AccessPolicy(sorted({path if path.is_dir() else path.parent for path in paths}))
-        return Tools(policy, _client(os.getpid(), server, token), artifacts=artifacts)
+        return Tools(policy, _client(server, token), artifacts=artifacts)
 
     refuse_address(path)
     real = Path(path).expanduser().resolve()
@@ -208,8 +208,12 @@ class _Background:
             return cls._loops[process]
 
 
+def _client(server: str | None, token: str | None) -> ModelClient:
+    return _client_of(os.getpid(), server, token)
+
+
 @cache
-def _client(process: int, server: str | None, token: str | None) -> ModelClient:
+def _client_of(process: int, server: str | None, token: str | None) -> ModelClient:
     """The client of a process."""
     from rs_tools.client import ModelClient
 
