@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from rs_tools.results import (
@@ -44,6 +44,12 @@ Preview = Annotated[bool, Field(description="Also return a small picture of the 
 
 class Arguments(Model):
     """What a caller gave."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_given(cls, given: Any) -> Any:
+        """Some clients fill what they do not use with null."""
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
     @field_validator("*")
     @classmethod

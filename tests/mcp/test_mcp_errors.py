@@ -62,6 +62,16 @@ async def test_arguments_that_do_not_fit_are_refused_by_name_with_what_the_tool_
     assert f"It takes {takes}." in text_of(refused)
 
 
+async def test_null_stands_for_an_argument_that_is_not_given(planted: Client) -> None:
+    empty = {"region": None, "detail": None, "bands": None, "embeddings": None}
+    async with planted as client:
+        answered = await client.call_tool("caption", {"image": SCENE, **empty})
+        refused = await client.call_tool("caption", {"image": None, **empty})
+    assert not answered.is_error, text_of(answered)
+    assert refused.is_error
+    assert "image: Field required" in text_of(refused)
+
+
 async def test_without_a_model_server_the_agent_learns_so_and_inspection_still_works(root: Path) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     async with Client(stdio("--root", str(root), "--model-url", url)) as client:

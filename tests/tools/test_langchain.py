@@ -148,6 +148,11 @@ async def test_a_box_that_was_found_can_be_asked_about(tools: dict[str, BaseTool
     assert closer.artifact.provenance.tile_grid.tile_width == 10
 
 
+async def test_null_stands_for_an_argument_that_is_not_given(tools: dict[str, BaseTool]) -> None:
+    message = await tools["caption"].ainvoke(call("caption", {"image": "early.tif", "region": None, "bands": None}))
+    assert message.status == "success", message.text
+
+
 def test_callers_in_threads_and_loops_of_their_own_share_the_tools(tools: dict[str, BaseTool]) -> None:
     async def both() -> list[Any]:
         inside = tools["caption"].ainvoke({"image": "early.tif"})
