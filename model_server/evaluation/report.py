@@ -72,9 +72,9 @@ _PROTOCOLS = {
     "of the set holds (wind turbine, elephant, ...). Beside it, how often what the labels affirm is "
     "asserted. On rsicd_aid the name of the scene stands for labels: ships lie at water, airplanes at airports.",
     "elsewhere": "ships of sensors and scales of which no training had a box; of UCM it had the labels of whole "
-    "images, a ship somewhere or none, and the threshold of radar ships was fitted on the chips of the validation "
-    "split. `presence_f1` (and `presence_precision`, `presence_recall`): an image is said to hold a ship where one "
-    "reaches the threshold, against the label of the whole image. `centre`: chips with one ship in the middle, the "
+    "images, a ship somewhere or none, and the threshold of ships on coarse radar was fitted on the validation "
+    "split's chips. `presence_f1` (and `presence_precision`, `presence_recall`): an image is said to hold a ship where "
+    "one reaches the threshold, against the label of the whole image. `centre`: chips with one ship in the middle, the "
     "share on which a box at the threshold covers it; `centre_length`: one whose longer side is the ship's known "
     "length within a factor of 2; `off_centre`: the share of points halfway to the corners that a box covers; "
     "`boxes`: how many a chip. `n` counts images.",
