@@ -24,7 +24,7 @@ CONFIDENCE = 0.03  # how far a score of half precision may lie from its float32
 TOGETHER = 0.02  # and one that was given in another batch
 OVERLAP = 0.75  # of boxes: each is a mean of its neighbours, of whom one more or less may count
 FOUND = 0.8  # of the objects above the threshold
-SHARE = 0.02  # of the pixels may lie on the other side of a mask's threshold,
+SHARE = 0.01  # of the pixels may lie on the other side of a mask's threshold,
 NEAR = 0.1  # and they are none whose float32 probability is so far from it
 
 

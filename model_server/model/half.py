@@ -2,7 +2,8 @@
 
 The image heads, the projection onto the vocabulary, boxes and change keep float32 weights, so that logits, scores and
 distances are not rounded to bfloat16's three digits. So does the sentence encoder: what it says of a phrase is compared
-with thresholds, and a text passes it once.
+with thresholds, and a text passes it once. So do the stem and the first block of the backbone: they have few weights,
+and their rounding would be most of what masks lose.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from model_server.model.vision import ConvNorm
 
 
 class InFloat32(nn.Module):
-    """A layer with float32 weights behind layers of half precision."""
+    """A layer with float32 weights among layers of half precision; `then`: what the next one takes, None = float32."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, then: torch.dtype | None = None) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.then = layer, then
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x.float())
+        y = self.layer(x.float())
+        return y if self.then is None else y.to(self.then)
 
 
 @torch.no_grad()
@@ -37,8 +39,11 @@ def halve(model: RSVLM) -> None:
         words, width = decoder.embed.weight.shape
         decoder.head = nn.Linear(width, words, bias=False, device="meta")
         decoder.head.weight = nn.Parameter(decoder.embed.weight.detach(), requires_grad=False)
-    _narrow(model, {model.heads, model.sentence, backbone.head, decoder.head})
-    backbone.head = cast("ConvNorm", InFloat32(backbone.head))  # both are only ever called
+    first = backbone.blocks[0]
+    _narrow(model, {model.heads, model.sentence, backbone.stem, first, backbone.head, decoder.head})
+    backbone.stem = cast("ConvNorm", InFloat32(backbone.stem))  # all four are only ever called
+    backbone.blocks[0] = InFloat32(first, torch.bfloat16)
+    backbone.head = cast("ConvNorm", InFloat32(backbone.head))
     decoder.head = cast("nn.Linear", InFloat32(decoder.head))
 
 

@@ -126,3 +126,5 @@ def pack_blocks(blocks: nn.ModuleList) -> None:
     for i, block in enumerate(blocks):
         if isinstance(block, InvertedResidual):
             blocks[i] = PackedResidual(block)
+        elif isinstance(block, InFloat32) and isinstance(block.layer, InvertedResidual):
+            block.layer = PackedResidual(block.layer)
