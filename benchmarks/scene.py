@@ -8,6 +8,9 @@ that knows the boxes (--model adds a sweep of batch sizes with the real one). Ea
 own that has done one small scene before, as the tools' process has (libraries are loaded and started). CPU seconds are
 told beside wall time, because only they mean something on a machine that does other things too.
 
+What is compared with sahi is reading, tiling and merging. Ours is also told with what comes before: the scene is
+opened, described (bands, place, stretch) and digested, which sahi does not do.
+
 With `sahi` importable (--sahi: a folder to find it in, as made by `pip install --target DIR --no-deps sahi
 opencv-python-headless`) its slicing and merging get the same file, tiles and boxes, in turn with ours. Small scenes
 are also done many times in one process, ours and sahi in turn.

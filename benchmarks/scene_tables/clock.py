@@ -28,10 +28,15 @@ class Clock:
             self._stages[name] = self._stages.get(name, 0.0) + time.thread_time() - started
 
     def read(self) -> dict[str, float]:
-        """Seconds so far, and the most memory that this process has held, in MiB."""
+        """Seconds so far, and the most memory that this process has held, in MiB.
+
+        `work_cpu_s` are the CPU seconds without those of describing the scene.
+        """
+        cpu_s = time.process_time() - self._cpu
         return {
             "wall_s": time.perf_counter() - self._wall,
-            "cpu_s": time.process_time() - self._cpu,
+            "cpu_s": cpu_s,
+            "work_cpu_s": cpu_s - self._stages.get("describing", 0.0),
             **{f"{name}_s": seconds for name, seconds in self._stages.items()},
             "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }

@@ -21,7 +21,7 @@ from scene_tables.stand_ins import KnowingModel
 async def ours(path: Path, side: int, overlap: int, batch: int) -> dict[str, Any]:
     """Read, answer and merge everything, as the tools do it."""
     model, clock = KnowingModel(side), Clock()
-    with clock.stage("reading"):
+    with clock.stage("describing"):
         scene = Scene.open(AccessPolicy([path.parent]), str(path))
     scene = timed_reader(scene, clock)
     plan = tile_grid((0, 0, side, side), MODEL_SIDE, overlap)
