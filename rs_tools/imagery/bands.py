@@ -34,12 +34,13 @@ _ELEVATION_WORDS = {"dem", "dsm", "dtm", "elevation", "height", "altitude", "srt
 
 @dataclass(frozen=True)
 class BandInfo:
-    """One band as the file declares it. `index` counts from 1."""
+    """One band as the file declares it. `index` counts from 1; `scaled`: its numbers have a scale or an offset."""
 
     index: int
     description: str
     color: str
     dtype: str
+    scaled: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,15 +81,15 @@ def guess_modality(
         bands: the raster's bands.
         choice: the bands shown.
         name: file name, whose words are a clue.
-        sample: float [C, N] valid values of the chosen bands, or None where none were needed.
+        sample: float [C, N] valid values of the chosen bands, scaled as the file says; None where none were needed.
     """
     words = _words(name)
     described = set().union(*(_words(band.description) for band in bands))
     if any(band.color == "palette" for band in bands):
         return "classified", "the band has a colour palette"
     if found := (described | words) & _SAR_WORDS:
-        where = "band descriptions" if found & described else "the file name"
-        return "sar", f"{where} mention {', '.join(sorted(found))}"
+        where = "band descriptions mention" if found & described else "the file name mentions"
+        return "sar", f"{where} {', '.join(sorted(found))}"
     if any(band.dtype.startswith("complex") for band in bands):
         return "sar", "the values are complex"
     shown = _shown(bands)
@@ -109,7 +110,7 @@ def _shown(bands: Sequence[BandInfo]) -> Sequence[BandInfo]:
 def _one_band(band: BandInfo, words: set[str], sample: np.ndarray | None) -> tuple[Modality, str]:
     if found := words & _ELEVATION_WORDS:
         return "elevation", f"the band's description or the file name mentions {', '.join(sorted(found))}"
-    if sample is None or sample.size == 0 or band.dtype in {"uint8", "int8", "bool"}:
+    if sample is None or sample.size == 0 or (band.dtype in {"uint8", "int8"} and not band.scaled):
         return "grayscale", "one band without a description"
     low, median, high = np.percentile(sample, [2, 50, 99.5])
     if -60 < low < -5 and median < 0 and high < 30:

@@ -16,6 +16,8 @@ from rs_tools.imagery.formats import CACHE_BYTES, pixel_bytes
 _SUPERSAMPLING = 4
 _AT_ONCE = 2**21  # bytes of one band
 _UNDECLARED = 1e37  # nothing measures as much: the largest decimals stand for missing pixels
+_FILLS = (-9999, -32768)  # what stands for missing pixels in signed numbers of many files that do not say so
+_LARGEST_RULE = 1e9  # a scale or an offset beyond it is damage
 
 
 def window_of(x: float, y: float, width: float, height: float) -> Window:
@@ -77,7 +79,7 @@ class BandReader:
 
     Attributes:
         at_once: pixels that are worth reading at once, within bounds of memory.
-        missing: float32 [C, 1, 1], what stands for nodata in each band; NaN where nothing does.
+        missing: float32 [C, 1, 1], what nodata of each band is read as; NaN where the file declares none.
     """
 
     def __init__(self, dataset: DatasetReader, choice: BandChoice) -> None:
@@ -85,7 +87,8 @@ class BandReader:
         self._bands = list(choice.indexes)
         first = self._bands[0] - 1
         kind = dataset.dtypes[first]
-        self._integers = "int" in kind and not kind.startswith("complex")
+        # Other numbers may hold what stands for missing pixels undeclared, which GDAL would average with the rest.
+        self._integers = kind.startswith("uint") or kind == "int8"
         palette = dataset.colorinterp[first].name == "palette"
         self._resampling = Resampling.nearest if palette else Resampling.average
         self._dtype = np.dtype(np.uint8 if eight_bit(dataset, choice) else np.float32)
@@ -93,7 +96,12 @@ class BandReader:
         flags = dataset.mask_flag_enums
         self._complete = all(MaskFlags.all_valid in flags[index - 1] for index in self._bands)
         missing = [dataset.nodatavals[index - 1] for index in self._bands]
-        self.missing = np.array([np.nan if value is None else value for value in missing], np.float32)[:, None, None]
+        self._fills = _FILLS if all(value is None for value in missing) else ()
+        self._rule = _rule(dataset, choice)
+        with np.errstate(over="ignore"):  # of float64
+            numbers = np.array([np.nan if value is None else value for value in missing], np.float32)
+        self._nodata = numbers[:, None, None]
+        self.missing = self._measured(self._nodata).astype(np.float32)
         self._overviews = dataset.overviews(1)
         self._block: tuple[int, int] = dataset.block_shapes[0]
         self._part_pixels = CACHE_BYTES / 3 / pixel_bytes(dataset)
@@ -101,9 +109,10 @@ class BandReader:
     def read(self, window: Window, out_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Band values [C, H, W], uint8 as they are and others as float32, and validity bool [H, W] of a window.
 
-        Integers are averaged by GDAL, which leaves out nodata; a palette keeps its exact values. GDAL does not leave
-        out NaN that the file does not declare, nor can it take the magnitude of complex values, so decimal and complex
-        values are averaged here. Validity is not to be written to: without missing pixels it is one row in memory.
+        What the file declares as scale and offset of its numbers is applied. Unsigned integers are averaged by GDAL,
+        which leaves out nodata; a palette keeps its exact values. GDAL does not leave out NaN and fill values that the
+        file does not declare, nor can it take the magnitude of complex values, so all others are averaged here.
+        Validity is not to be written to: without missing pixels it is one row in memory.
         """
         # Each pixel's bands side by side, as pictures are wanted and as most files have them.
         values = np.empty((out_size[1], out_size[0], len(self._bands)), self._dtype).transpose(2, 0, 1)
@@ -113,7 +122,16 @@ class BandReader:
         read = self._read_integers if self._integers else self._read_decimals
         for rows, columns, part in self._parts(window, out_size):
             read(part, values[:, rows, columns], valid[rows, columns])
+        if self._rule is not None:
+            values[:] = self._measured(values)
         return values, valid
+
+    def _measured(self, numbers: np.ndarray) -> np.ndarray:
+        """What a file's numbers [C, ...] stand for."""
+        if self._rule is None:
+            return numbers
+        scale, offset = self._rule
+        return np.clip(numbers * scale + offset, -_UNDECLARED, _UNDECLARED)
 
     def _parts(self, window: Window, out_size: tuple[int, int]) -> Iterator[tuple[slice, slice, Window]]:
         """Rows and columns of the output with the part of the window that they show.
@@ -159,6 +177,8 @@ class BandReader:
         masks = self._masks(window, shape)
         # False for NaN as well
         known = masks.any(axis=0) & (np.abs(fine) < _UNDECLARED).all(axis=0)
+        for fill in self._fills:
+            known &= (fine != fill).all(axis=0)
         own = known & masks  # what is missing in a band alone takes no part in that band's mean
         cells = (height, fine_y, width, fine_x)
         count = own.reshape(-1, *cells).sum(axis=(2, 4))
@@ -166,7 +186,7 @@ class BandReader:
         values[:] = total / np.maximum(count, 1)
         valid[:] = known.reshape(cells).any(axis=(1, 3))
         if not count.all():
-            values[:] = np.where((count == 0) & valid, self.missing, values)
+            values[:] = np.where((count == 0) & valid, self._nodata, values)
 
     def _valid(self, window: Window, shape: tuple[int, ...]) -> np.ndarray:
         """A pixel is valid where any shown band is: with nodata 0, black in one band alone is a colour."""
@@ -180,4 +200,28 @@ class BandReader:
 
 
 def eight_bit(dataset: DatasetReader, choice: BandChoice) -> bool:
+    """Whether the chosen bands hold bytes that stand for themselves."""
+    return _bytes(dataset, choice) and _rule(dataset, choice) is None
+
+
+def scale_and_offset(dataset: DatasetReader, index: int) -> tuple[float, float]:
+    """The rule by which a band's numbers stand for what was measured: number * scale + offset."""
+    scale, offset = dataset.scales[index - 1], dataset.offsets[index - 1]
+    sane = 0 < abs(scale) <= _LARGEST_RULE and abs(offset) <= _LARGEST_RULE  # NaN is not
+    return (scale, offset) if sane else (1.0, 0.0)
+
+
+def _rule(dataset: DatasetReader, choice: BandChoice) -> np.ndarray | None:
+    """Scales and offsets of the chosen bands, float64 [2, C, 1, 1]; None where numbers stand for themselves.
+
+    Colours of eight bits and indexes of a palette do, whatever the file says.
+    """
+    rules = [scale_and_offset(dataset, index) for index in choice.indexes]
+    palette = dataset.colorinterp[choice.indexes[0] - 1].name == "palette"
+    if palette or (choice.declared and _bytes(dataset, choice)) or all(rule == (1, 0) for rule in rules):
+        return None
+    return np.array(rules).T[:, :, None, None]
+
+
+def _bytes(dataset: DatasetReader, choice: BandChoice) -> bool:
     return all(dataset.dtypes[index - 1] == "uint8" for index in choice.indexes)

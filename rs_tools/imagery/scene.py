@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -26,7 +26,15 @@ from rs_tools.imagery.bands import BandChoice, BandInfo, choose_bands, guess_mod
 from rs_tools.imagery.beside import look_beside
 from rs_tools.imagery.formats import ByteSource, reported
 from rs_tools.imagery.placing import Place, placed
-from rs_tools.imagery.reading import BandReader, Region, Wanted, eight_bit, together, window_of
+from rs_tools.imagery.reading import (
+    BandReader,
+    Region,
+    Wanted,
+    eight_bit,
+    scale_and_offset,
+    together,
+    window_of,
+)
 from rs_tools.imagery.remote import RemoteFile
 from rs_tools.imagery.stretch import Stretch, fit_stretch
 from rs_tools.memory import give_back
@@ -35,7 +43,7 @@ from rs_tools.results import Modality
 _SAMPLE_SIDE = 512
 # Above this many pixels, in the smallest overview where there is one, a sample of small windows stands for the scene.
 _SAMPLE_WHOLE = 4096 * 4096
-_SAMPLE_WINDOWS = 8  # per axis
+_SAMPLE_WINDOWS, _MORE_WINDOWS = 8, 32  # per axis
 _SAMPLE_WINDOW_SIDE = 64
 _DIGEST_CHUNK = 64 * 1024
 _DIGEST_CHUNKS = 64
@@ -251,7 +259,13 @@ class _Reading:
 
 def _band_infos(dataset: DatasetReader) -> tuple[BandInfo, ...]:
     return tuple(
-        BandInfo(index, "".join(filter(str.isprintable, description or ""))[:_DESCRIPTION], color.name, dtype)
+        BandInfo(
+            index,
+            "".join(filter(str.isprintable, description or ""))[:_DESCRIPTION],
+            color.name,
+            dtype,
+            scaled=scale_and_offset(dataset, index) != (1, 0),
+        )
         for index, description, color, dtype in zip(
             dataset.indexes, dataset.descriptions, dataset.colorinterp, dataset.dtypes, strict=True
         )
@@ -266,10 +280,16 @@ def _sample(dataset: DatasetReader, choice: BandChoice) -> np.ndarray | None:
     if _is_palette(dataset, choice) or (eight_bit(dataset, choice) and choice.declared):
         return None
     bands = BandReader(dataset, choice)
-    parts = [bands.read(window, size) for window, size in _sample_windows(dataset)]
-    sample = np.concatenate([values[:, valid] for values, valid in parts], axis=1)
+    sample = _valid_values(bands, _sample_windows(dataset))
+    if sample.shape[1] == 0:  # what there is may lie between the windows
+        sample = _valid_values(bands, _spread(dataset, _MORE_WINDOWS))
     measured = (sample != bands.missing[..., 0]).all(axis=0)
     return sample[:, measured] if measured.any() else sample
+
+
+def _valid_values(bands: BandReader, windows: Iterable[tuple[Window, tuple[int, int]]]) -> np.ndarray:
+    parts = [bands.read(window, size) for window, size in windows]
+    return np.concatenate([values[:, valid] for values, valid in parts], axis=1)
 
 
 def _stretch(dataset: DatasetReader, choice: BandChoice, sample: np.ndarray | None, *, radar: bool) -> Stretch:
@@ -290,17 +310,22 @@ def _is_palette(dataset: DatasetReader, choice: BandChoice) -> bool:
     return len(choice.indexes) == 1 and dataset.colorinterp[choice.indexes[0] - 1].name == "palette"
 
 
-def _sample_windows(dataset: DatasetReader) -> Iterator[tuple[Window, tuple[int, int]]]:
+def _sample_windows(dataset: DatasetReader) -> Iterable[tuple[Window, tuple[int, int]]]:
     """Windows and output sizes that together show the scene: one overview, or a grid of small windows."""
     width, height = dataset.width, dataset.height
     shrunk = max([1, *dataset.overviews(1)])
     if width * height / shrunk**2 <= _SAMPLE_WHOLE:
         scale = max(1.0, max(width, height) / _SAMPLE_SIDE)
-        yield window_of(0, 0, width, height), (max(1, round(width / scale)), max(1, round(height / scale)))
-        return
+        return [(window_of(0, 0, width, height), (max(1, round(width / scale)), max(1, round(height / scale))))]
+    return _spread(dataset, _SAMPLE_WINDOWS)
+
+
+def _spread(dataset: DatasetReader, per_axis: int) -> Iterator[tuple[Window, tuple[int, int]]]:
+    """Small windows from one corner to the other, each read as it is."""
+    width, height = dataset.width, dataset.height
     side_x, side_y = min(_SAMPLE_WINDOW_SIDE, width), min(_SAMPLE_WINDOW_SIDE, height)
-    for y in np.linspace(0, height - side_y, _SAMPLE_WINDOWS).astype(int).tolist():
-        for x in np.linspace(0, width - side_x, _SAMPLE_WINDOWS).astype(int).tolist():
+    for y in np.linspace(0, height - side_y, per_axis).astype(int).tolist():
+        for x in np.linspace(0, width - side_x, per_axis).astype(int).tolist():
             yield window_of(x, y, side_x, side_y), (side_x, side_y)
 
 

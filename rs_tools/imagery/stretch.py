@@ -2,9 +2,11 @@
 
 The rule: a palette is looked up; 8-bit imagery that the file declares as red, green, blue stays as it is, and so does
 other 8-bit data whose values already fill the range; everything else is stretched linearly between the 2nd and 98th
-percentile of each band over the valid pixels. Radar amplitudes and intensities go through decibels first; whether a
-value is an amplitude or an intensity only changes the decibels by a factor, which the limits absorb. Values that are
-decibels already (some are negative) are stretched as they are, and so is 8-bit radar, which somebody stretched before.
+percentile of each band over the valid pixels (where these are one value, between the lowest and the highest). Values
+are what the file's scale and offset make of its numbers. Radar amplitudes and intensities go through decibels first;
+whether a value is an amplitude or an intensity only changes the decibels by a factor, which the limits absorb. Values
+that are decibels already (some are negative) are stretched as they are, and so is 8-bit radar, which somebody stretched
+before.
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ def fit_stretch(sample: np.ndarray, *, eight_bit: bool, radar: bool) -> Stretch:
 
     Args:
         sample: float [C, N] valid values of the chosen bands from all over the scene; N may be 0.
-        eight_bit: the file's type is uint8 (the values were not declared to be colours).
+        eight_bit: the values are bytes that stand for themselves (and were not declared to be colours).
         radar: the values are radar backscatter.
     """
     if sample.shape[1] == 0:
@@ -92,6 +94,8 @@ def fit_stretch(sample: np.ndarray, *, eight_bit: bool, radar: bool) -> Stretch:
 
 def _limits(sample: np.ndarray) -> tuple[tuple[float, float], ...]:
     low, high = np.percentile(sample, _PERCENTILES, axis=1)
+    rare = high <= low  # nearly all is of one value, and what is not is what there is to see
+    low, high = np.where(rare, sample.min(axis=1), low), np.where(rare, sample.max(axis=1), high)
     return tuple(zip(low.tolist(), high.tolist(), strict=True))
 
 

@@ -181,3 +181,94 @@ def test_a_file_of_several_images_is_read_as_its_first_and_says_so(tmp_path: Pat
     scene = opened(tmp_path / "a.tif")
     assert whole(scene).rgb[0, 0].tolist() == [255, 0, 0]
     assert any("holds 2 images" in warning for warning in scene.warnings)
+
+
+# --- what numbers stand for
+
+
+def scaled(path: Path, scale: float, offset: float) -> Path:
+    with rasterio.open(path, "r+") as file:
+        file.scales, file.offsets = [scale] * file.count, [offset] * file.count
+    return path
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "offset"), [("int16", 0.01, 0), ("uint16", 0.001, -50), ("uint8", 0.2, -40)]
+)
+@pytest.mark.parametrize("name", ["a.tif", "a_vv.tif"])
+def test_decibels_kept_as_integers_with_a_scale_are_radar_in_decibels(
+    tmp_path: Path, name: str, dtype: str, scale: float, offset: float
+) -> None:
+    decibels = 10 * np.log10(np.random.default_rng(0).gamma(4, 0.05, (1, 96, 96)))
+    numbers = np.rint((decibels - offset) / scale).astype(dtype)
+    scene = opened(scaled(write(tmp_path / name, numbers), scale, offset))
+    assert (scene.modality, scene.stretch.kind) == ("sar", "linear")
+    low, high = np.percentile(decibels, (2, 98))
+    assert scene.stretch.limits[0] == pytest.approx((low, high), abs=scale)
+    expected = np.clip((decibels[0] - low) * (255 / (high - low)), 0, 255)
+    assert np.abs(whole(scene).rgb[..., 0] - expected).mean() < 1 + 255 * scale / (high - low)
+
+
+def test_higher_values_are_brighter_also_where_the_scale_is_negative(tmp_path: Path) -> None:
+    numbers = np.arange(64 * 64, dtype="int16").reshape(1, 64, 64)
+    grey = whole(opened(scaled(write(tmp_path / "a.tif", numbers), -0.1, 900))).rgb[..., 0]
+    assert (grey[0, 0], grey[-1, -1]) == (255, 0)
+
+
+def test_nodata_is_told_by_the_numbers_and_not_by_what_they_stand_for(tmp_path: Path) -> None:
+    numbers = noise(3, 32, 32, "int16", low=1000, high=4000)
+    numbers[:, :8] = 0
+    numbers[0, 20] = 0
+    path = write(tmp_path / "a.tif", numbers, nodata=0, descriptions=["red", "green", "blue"], photometric="MINISBLACK")
+    scene = opened(scaled(path, 0.0001, -0.1))
+    assert whole(scene).valid.sum(axis=1).tolist() == [0] * 8 + [32] * 24
+    assert all(0 < low < high < 0.3 for low, high in scene.stretch.limits)
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(0, 5), (NAN, 0), (1e300, 0), (1, float("inf"))])
+def test_a_scale_that_means_nothing_is_left_out(tmp_path: Path, scale: float, offset: float) -> None:
+    plain = opened(write(tmp_path / "a.tif", noise(1, 32, 32, "uint16", high=3000)))
+    odd = opened(scaled(write(tmp_path / "b.tif", noise(1, 32, 32, "uint16", high=3000)), scale, offset))
+    assert odd.stretch == plain.stretch
+    np.testing.assert_array_equal(whole(odd).rgb, whole(plain).rgb)
+
+
+def test_colours_of_eight_bits_stay_as_they_are_whatever_their_scale(tmp_path: Path) -> None:
+    values = noise(3, 16, 16)
+    scene = opened(scaled(write(tmp_path / "a.tif", values, photometric="RGB"), 0.5, 3))
+    np.testing.assert_array_equal(whole(scene).rgb, values.transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize("fill", [-9999, -32768])
+@pytest.mark.parametrize("dtype", ["float32", "int16", "float64"])
+def test_the_usual_fill_values_are_missing_pixels_also_where_the_file_does_not_say_so(
+    tmp_path: Path, dtype: str, fill: int
+) -> None:
+    values = np.random.default_rng(0).uniform(100, 900, (1, 64, 64)).astype(dtype)
+    values[:, :20] = fill
+    values[:, ::4] = fill
+    scene = opened(write(tmp_path / "dem.tif", values))
+    assert whole(scene).valid.sum(axis=1).tolist() == [0] * 20 + [0, 64, 64, 64] * 11
+    assert 100 <= scene.stretch.limits[0][0] < scene.stretch.limits[0][1] <= 900
+    reduced = whole(scene, (16, 16))
+    assert reduced.valid.sum() == 11 * 16
+    assert reduced.rgb[reduced.valid].min() > 40  # the mean of what is there
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_what_is_rare_shows_on_ground_of_one_value(tmp_path: Path, dtype: str) -> None:
+    """As lights at night, or targets on a black sea: both percentiles are that one value."""
+    values = np.zeros((1, 200, 200), dtype)
+    values[0, 50:60, 50:60] = 200
+    grey = whole(opened(write(tmp_path / "a.tif", values))).rgb[..., 0]
+    assert set(grey[50:60, 50:60].ravel().tolist()) == {255}
+    assert (grey == 0).sum() == 200 * 200 - 100
+
+
+def test_a_narrow_strip_of_data_in_a_large_scene_gets_a_stretch(tmp_path: Path) -> None:
+    """A corridor that lies between the windows which are looked at first."""
+    values = np.zeros((1, 5000, 5000), "uint16")
+    values[0, 300:600] = 1000 + np.arange(5000) % 2000
+    place: dict[str, Any] = {"nodata": 0, "tiled": True, "compress": "deflate"}
+    scene = opened(write(tmp_path / "a.tif", values, **place))
+    assert scene.stretch.limits[0] == pytest.approx((1040, 2960), abs=30)
