@@ -68,7 +68,7 @@ class ImageUploads:
 
     async def _received(self, request: Request, size: int) -> Response:
         with self._uploads.receive(size) as incoming:
-            await _write(request, incoming)
+            await _write(request, incoming, size)
             await asyncio.to_thread(self._check, incoming)
             image = await asyncio.to_thread(self._uploads.keep, incoming)
         expires = datetime.now(UTC) + timedelta(seconds=self._uploads.lifetime_s)
@@ -82,9 +82,13 @@ class ImageUploads:
             pass
 
 
-async def _write(request: Request, incoming: Incoming) -> None:
-    waiting = bytearray()
+async def _write(request: Request, incoming: Incoming, size: int) -> None:
+    """At most `size` bytes, for which there is room: where a body comes in chunks, its length is only announced."""
+    waiting, left = bytearray(), size
     async for chunk in request.stream():
+        left -= len(chunk)
+        if left < 0:
+            raise TooLarge(f"The image has more than the {size} bytes that its Content-Length announced.")
         waiting += chunk
         if len(waiting) >= _CHUNK:
             await asyncio.to_thread(incoming.file.write, bytes(waiting))

@@ -143,6 +143,16 @@ def test_an_upload_says_its_length_beforehand(service: Service, root: Path) -> N
     assert "Content-Length" in answer.json()["error"]
 
 
+def test_an_upload_in_chunks_has_no_more_bytes_than_it_announced(service: Service, root: Path) -> None:
+    folder = service.log.parent / "uploads"
+    kept = sorted(folder.iterdir())
+    both = {"Content-Length": "10", "Transfer-Encoding": "chunked"}
+    answer = service.post("/images", token=ALICE, content=iter([(root / SCENE).read_bytes()]), headers=both)
+    assert answer.status_code == 413
+    assert "more than the 10 bytes" in answer.json()["error"]
+    assert sorted(folder.iterdir()) == kept
+
+
 def test_an_upload_that_breaks_off_leaves_nothing(service: Service) -> None:
     folder = service.log.parent / "uploads"
     kept = sorted(folder.iterdir())
