@@ -40,7 +40,7 @@ import torch
 from engine_tables import attention, bulk, callers, compiled, generate, machine, mixed, parts, precision, tools
 from engine_tables.bench import Bench
 
-from model_server.app import _keep_freed_memory
+from model_server.app import keep_freed_memory
 from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver
 
 TABLES: dict[str, Callable[[Bench], Coroutine[Any, Any, None]]] = {
@@ -61,7 +61,7 @@ def main() -> None:
     unknown = [name for name in options.tables if name not in TABLES]
     if unknown:
         parser.error(f"no table {unknown[0]!r}; the tables are {', '.join(TABLES)}")
-    _keep_freed_memory()  # as the server does
+    keep_freed_memory()  # as the server does
     torch.set_num_threads(options.threads)
     perceiver = Perceiver.load(options.weights)
     perceiver.warm_up()

@@ -18,13 +18,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 import typer
 import uvicorn
+from starlette.applications import Starlette
 
-from model_server.engine import Engine
-from model_server.http.api import Activity, create_app
+from model_server.engine import Engine, EngineClosing
+from model_server.http.api import create_app
+from model_server.http.entry import Activity
 from model_server.precision import Precision
 
 if TYPE_CHECKING:
@@ -54,15 +56,23 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-async def serve(
-    load: Callable[[], Resident], sock: socket.socket, *, token: str | None = None, idle_exit_s: float = 0
-) -> int:
+class Answering(Protocol):
+    """What stands behind an application: an engine, or several."""
+
+    async def start(self) -> None:
+        """Ready when it returns; whatever it raises ends the server."""
+        ...
+
+    async def close(self) -> None:
+        """Answer what waits, take nothing more."""
+        ...
+
+
+async def serve(engine: Answering, app: Starlette, sock: socket.socket, *, idle_exit_s: float = 0) -> int:
     """Serve until SIGTERM, SIGINT or `idle_exit_s` seconds without a call (0 = for ever); drain; return the exit code.
 
-    The model loads in the background. When that fails the server ends with code 1.
+    The engine behind `app` starts in the background. When that fails the server ends with code 1.
     """
-    engine = Engine(load)
-    app = create_app(engine, token=token)
     config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=DRAIN_S)
     server = uvicorn.Server(config)
     background = asyncio.create_task(_load_then_watch(engine, app.state.activity, idle_exit_s))
@@ -77,7 +87,7 @@ async def serve(
     return int(failed)
 
 
-async def _load_then_watch(engine: Engine, activity: Activity, idle_exit_s: float) -> None:
+async def _load_then_watch(engine: Answering, activity: Activity, idle_exit_s: float) -> None:
     started = time.monotonic()
     try:
         await engine.start()
@@ -86,10 +96,9 @@ async def _load_then_watch(engine: Engine, activity: Activity, idle_exit_s: floa
         raise
     logger.info("ready load_s=%.2f", time.monotonic() - started)
     activity.last = time.monotonic()
-    if not idle_exit_s:
-        await asyncio.Event().wait()  # for ever: signals end the server
-    while (left := idle_exit_s - activity.idle_s()) > 0:  # noqa: ASYNC110 - what is waited for is the clock
-        await asyncio.sleep(max(left, 0.1))
+    while not idle_exit_s or (left := idle_exit_s - activity.idle_s()) > 0:
+        if await engine.failed(max(left, 0.1) if idle_exit_s else None):
+            raise EngineClosing("the engine has failed")
     logger.info("idle for %.0f s, ending", idle_exit_s)
 
 
@@ -100,14 +109,14 @@ class OneLine(logging.Formatter):
         return super().format(record).replace("\r", "\\r").replace("\n", "\\n")
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tell glibc to keep freed blocks for the next batch, whose shapes are the same.
 
     By default each large activation is mapped, zeroed page by page and unmapped again: for a batch of 16 tiles more
@@ -123,7 +132,9 @@ def _keep_freed_memory() -> None:
     mallopt(m_arena_max, 1)
 
 
-def _loader(weights: str | None, device: str, precision: str, threads: int) -> Callable[[], Resident]:
+def loader(weights: str | None, device: str, precision: str, threads: int) -> Callable[[], Resident]:
+    """What loads the model that the options of `command` name, for `Engine`."""
+
     def load() -> Resident:
         # Threads that wait for each other sleep rather than spin: as fast on a quiet machine, and several times as
         # fast on a busy one, where a spinning thread takes the core from the one it waits for. Read when torch loads.
@@ -142,11 +153,35 @@ def _loader(weights: str | None, device: str, precision: str, threads: int) -> C
     return load
 
 
-def _read_token(path: str) -> str:
+def read_token(path: str) -> str:
+    """The token of a `--token-file`. Raises typer.BadParameter where there is none."""
     token = (sys.stdin.readline() if path == "-" else Path(path).read_text()).strip()
     if not token:
         raise typer.BadParameter(f"{path} holds no token")
     return token
+
+
+def listen(host: str, port: int, token_file: str | None) -> tuple[socket.socket, str | None]:
+    """What a serving process does first: says on stdout where it listens. Returns the socket and callers' token.
+
+    Raises typer.BadParameter: no token in the file, none for an address that others reach, or an address in use.
+    """
+    # Before uvicorn takes over the signals there is nothing to drain; after it has drained it raises them again.
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop, lambda *_: sys.exit(0))
+    token = read_token(token_file) if token_file else None
+    if token is None and not is_loopback(host):
+        raise typer.BadParameter(f"{host} can be reached from other machines: give --token-file, or use 127.0.0.1")
+    log_to_stderr()
+    try:
+        sock = bind(host, port)
+    except OSError as error:
+        raise typer.BadParameter(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+    name, bound = sock.getsockname()[:2]
+    url = f"http://[{name}]:{bound}" if ":" in name else f"http://{name}:{bound}"
+    print(json.dumps({"url": url, "pid": os.getpid()}), flush=True)
+    logger.info("listening url=%s", url)
+    return sock, token
 
 
 def command(
@@ -186,23 +221,10 @@ def command(
 
         rs-model-server --device cuda --host 0.0.0.0 --token-file ~/.rs-token
     """
-    # Before uvicorn takes over the signals there is nothing to drain; after it has drained it raises them again.
-    for stop in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(stop, lambda *_: sys.exit(0))
-    token = _read_token(token_file) if token_file else None
-    if token is None and not is_loopback(host):
-        raise typer.BadParameter(f"{host} can be reached from other machines: give --token-file, or use 127.0.0.1")
-    _log_to_stderr()
-    _keep_freed_memory()
-    try:
-        sock = bind(host, port)
-    except OSError as error:
-        raise typer.BadParameter(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
-    name, bound = sock.getsockname()[:2]
-    url = f"http://[{name}]:{bound}" if ":" in name else f"http://{name}:{bound}"
-    print(json.dumps({"url": url, "pid": os.getpid()}), flush=True)
-    logger.info("listening url=%s", url)
-    sys.exit(asyncio.run(serve(_loader(weights, device, precision, threads), sock, token=token, idle_exit_s=idle_exit)))
+    sock, token = listen(host, port, token_file)
+    keep_freed_memory()
+    engine = Engine(loader(weights, device, precision, threads))
+    sys.exit(asyncio.run(serve(engine, create_app(engine, token=token), sock, idle_exit_s=idle_exit)))
 
 
 def main() -> None:
