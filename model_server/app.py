@@ -24,7 +24,7 @@ import typer
 import uvicorn
 from starlette.applications import Starlette
 
-from model_server.engine import Engine, EngineClosing
+from model_server.engine import Engine
 from model_server.http.api import create_app
 from model_server.http.entry import Activity
 from model_server.precision import Precision
@@ -96,9 +96,10 @@ async def _load_then_watch(engine: Answering, activity: Activity, idle_exit_s: f
         raise
     logger.info("ready load_s=%.2f", time.monotonic() - started)
     activity.last = time.monotonic()
-    while not idle_exit_s or (left := idle_exit_s - activity.idle_s()) > 0:
-        if await engine.failed(max(left, 0.1) if idle_exit_s else None):
-            raise EngineClosing("the engine has failed")
+    if not idle_exit_s:
+        await asyncio.Event().wait()  # for ever: signals end the server
+    while (left := idle_exit_s - activity.idle_s()) > 0:  # noqa: ASYNC110 - what is waited for is the clock
+        await asyncio.sleep(max(left, 0.1))
     logger.info("idle for %.0f s, ending", idle_exit_s)
 
 
@@ -161,14 +162,18 @@ def read_token(path: str) -> str:
     return token
 
 
+def end_on_signals() -> None:
+    """Before uvicorn takes over the signals there is nothing to drain; after it has drained it raises them again."""
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop, lambda *_: sys.exit(0))
+
+
 def listen(host: str, port: int, token_file: str | None) -> tuple[socket.socket, str | None]:
     """What a serving process does first: says on stdout where it listens. Returns the socket and callers' token.
 
     Raises typer.BadParameter: no token in the file, none for an address that others reach, or an address in use.
     """
-    # Before uvicorn takes over the signals there is nothing to drain; after it has drained it raises them again.
-    for stop in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(stop, lambda *_: sys.exit(0))
+    end_on_signals()
     token = read_token(token_file) if token_file else None
     if token is None and not is_loopback(host):
         raise typer.BadParameter(f"{host} can be reached from other machines: give --token-file, or use 127.0.0.1")

@@ -25,6 +25,7 @@ MAX_TEXT = 500
 MAX_LABELS = 200
 MAX_LABEL_LENGTH = 80
 MAX_BODY_BYTES = 256 * 2**20
+MAX_HEADER_BYTES = 2**20  # of a request's safetensors header; parsed, it takes thirty times as much
 MAX_CLASSES = 16  # of a segmentation
 MAX_DEADLINE_S = 3600.0
 MAX_CALLER = 64  # letters of a caller's name
@@ -236,6 +237,8 @@ def decode_request(body: bytes) -> tuple[PerceiveRequest, list[np.ndarray]]:
         WireError: not safetensors, no request in it, tiles or anchors of a wrong count, shape or type, or masks of more
             than `MAX_MASK_BYTES` asked for.
     """
+    if int.from_bytes(body[:8], "little") > MAX_HEADER_BYTES:
+        raise WireError(f"the body's safetensors header may have {MAX_HEADER_BYTES} bytes")
     tensors, text = _unpack(body, "request")
     try:
         request = PerceiveRequest.model_validate_json(text)
@@ -343,7 +346,7 @@ def _unpack(body: bytes, key: str) -> tuple[dict[str, np.ndarray], str]:
     try:
         tensors = load(body)
         size = int.from_bytes(body[:8], "little")
-        metadata = json.loads(body[8 : 8 + size]).get("__metadata__", {})
+        metadata = json.loads(body[8 : 8 + size]).get("__metadata__") or {}
     except Exception as error:  # safetensors raises its own type, which is not public
         raise WireError("the body is not a safetensors file") from error
     if key not in metadata:

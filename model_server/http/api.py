@@ -97,9 +97,9 @@ class Api:
         with self._entry.at_work(request), contextlib.ExitStack() as held:
             body = await self._entry.read(request, held, min(self._entry.max_body, MAX_JSON_BYTES))
             model = self._model()
-            asked = await self._decoded(read_chat, body, model.info.model)
+            asked = await self._entry.decoded(read_chat, body, model.info.model)
             del body
-            self._hold(sum(tile.nbytes for tile in asked.tiles), held)
+            self._entry.hold(sum(tile.nbytes for tile in asked.tiles), held)
             _note(request, asked.request, len(asked.tiles))
             response = await unless_gone(request, self._engine.perceive(asked.request, asked.tiles))
         said = await run_in_threadpool(say, asked.request, response)
@@ -126,9 +126,9 @@ class Api:
             body = await self._entry.read(request, held, min(self._entry.max_body, MAX_JSON_BYTES))
             model = self._model()
             name = model.info.model
-            embedding = await self._decoded(Embedding, body, name)
+            embedding = await self._entry.decoded(Embedding, body, name)
             del body
-            self._hold(embedding.pixel_bytes, held)
+            self._entry.hold(embedding.pixel_bytes, held)
             record_of(request.scope).notes.update(inputs=len(embedding.items))
             if not isinstance(model, HasVectors):
                 raise NoVectors(name)

@@ -184,7 +184,7 @@ _SEGMENT = re.compile(
 )
 _WHERE = re.compile(r"where (?:is|are) (?:the )?(?P<what>[^?\n]+)\?", re.I)
 _SHORT = re.compile(
-    r"\s*\banswer (?:the question )?(?:using|with|in) (?:a |one )?(?:single )?word or phrase\.?\s*\Z", re.I
+    r"\banswer (?:the question )?(?:using|with|in) (?:a |one )?(?:single )?word or phrase\.?\s*\Z", re.I
 )
 _CLASSIFY = re.compile(rf"{_PLEASE}classify\b[^:]*(?::\s*(?P<what>[^\n]+))?", re.S)
 
@@ -216,7 +216,7 @@ def _meant(text: str, images: int) -> dict[str, object]:
         return {"task": "detect_change", "text": text}
     if len(text) > MAX_TEXT:
         return {"task": "vqa", "text": text}  # and refused as such
-    text = _SHORT.sub("", text)
+    text = _SHORT.sub("", text).rstrip()
     words = " ".join(text.lower().split())
     if not words or _DESCRIBE.fullmatch(words):
         return {"task": "caption", "detail": "full" if _FULL.search(words) else "short"}
@@ -240,7 +240,7 @@ def _told(task: Task, text: str, images: int) -> dict[str, object]:
         return {"task": task, "text": match["what"]}
     if task in LISTS:
         return {"task": task, "labels": _labels(text.partition(":")[2] or text)}
-    return {"task": task, "text": _SHORT.sub("", text)}
+    return {"task": task, "text": _SHORT.sub("", text).rstrip()}
 
 
 def _labels(text: str) -> list[str]:

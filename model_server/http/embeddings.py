@@ -60,11 +60,11 @@ class Embedding:
         if len(self.request.inputs) > MAX_INPUTS:
             raise CallError(f"a request may have {MAX_INPUTS} inputs, this one has {len(self.request.inputs)}", "input")
         self.items: list[str | np.ndarray] = []
-        size = 0
+        self.pixel_bytes = 0
         for number, text in enumerate(self.request.inputs):
             item = _item(number, text)
-            size += item.nbytes if isinstance(item, np.ndarray) else 0
-            if size > MAX_PIXEL_BYTES:
+            self.pixel_bytes += item.nbytes if isinstance(item, np.ndarray) else 0
+            if self.pixel_bytes > MAX_PIXEL_BYTES:
                 raise CallError(f"the images are more than {MAX_PIXEL_BYTES >> 20} MiB of pixels: send fewer", "input")
             self.items.append(item)
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
+import anyio
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -21,13 +23,16 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.routing import Route
 
-from model_server.http.refusals import HANDLERS, BodiesFull, BodyTooLarge, TooManyCalls
+from model_server.http.refusals import HANDLERS, BodiesFull, BodyTooLarge, BodyTooSlow, TooManyCalls
 from model_server.http.request_log import RequestLog
 from model_server.protocol import MAX_BODY_BYTES
 
 MAX_JSON_BYTES = 64 * 2**20  # of a body with pictures in base64
 MAX_CALLS = 64  # in work at a time, of one address that is not this machine's
+BODY_S = 300.0  # for a body to come in: a caller who is gone without a word holds its place no longer
+DECODING = 4  # bodies with pictures that are read at a time: a small file may hold many pixels
 LOOPBACK_HOSTS = ["localhost", "127.0.0.1", "[::1]", "::1"]
+_HERE = re.compile(r"https?://(?:localhost|127\.0\.0\.1|\[::1\])(?::\d+)?")  # origins of web pages
 
 _T = TypeVar("_T")
 
@@ -51,7 +56,8 @@ class Activity:
 
 
 class Entry:
-    """What every call passes. Bodies in memory are bounded: each by `max_body`, all by twice that.
+    """What every call passes. Bodies in memory are bounded: each by `max_body`, all by twice that, with the pixels of
+    pictures in them.
 
     Args:
         token: what callers must send as bearer token; None = nothing.
@@ -67,12 +73,13 @@ class Entry:
         self._max_calls = max_calls
         self._calls: Counter[str] = Counter()
         self._held_bytes = 0
+        self._decoding = anyio.CapacityLimiter(DECODING)
 
     def app(self, routes: Sequence[Route]) -> Starlette:
         """The ASGI application of these routes: calls logged and counted, failures answered from one table.
 
         Without a token only requests addressed to this machine by name are served, so that no web page can reach the
-        server through a name of its own (DNS rebinding).
+        server through a name of its own (DNS rebinding), and none from web pages of other origins.
         """
         middleware = [Middleware(RequestLog, paths=frozenset(route.path for route in routes), counts=self.ended)]
         if self._token is None:
@@ -82,8 +89,11 @@ class Entry:
         return app
 
     def authorize(self, request: Request) -> None:
-        """Raises HTTPException (401) where the token is not the one that is needed."""
+        """Raises HTTPException: 401 where the token is not the one that is needed; 403 where none is, and a web page of
+        another origin calls: it would get no answer to read, but the work would be done."""
         if self._token is None:
+            if not _HERE.fullmatch(request.headers.get("origin", "http://localhost")):
+                raise HTTPException(403, "web pages of other origins may not call a server without a token")
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not secrets.compare_digest(given.encode(), self._token.encode()):
@@ -112,15 +122,27 @@ class Entry:
         if announced.isdecimal() and int(announced) > limit:
             raise BodyTooLarge(limit)
         body = bytearray()
-        async for chunk in request.stream():
-            if len(body) + len(chunk) > limit:
-                raise BodyTooLarge(limit)
-            if self._held_bytes + len(chunk) > 2 * self.max_body:
-                raise BodiesFull
-            self._held_bytes += len(chunk)
-            held.callback(self._release, len(chunk))
-            body += chunk
+        try:
+            async with asyncio.timeout(BODY_S):
+                async for chunk in request.stream():
+                    if len(body) + len(chunk) > limit:
+                        raise BodyTooLarge(limit)
+                    self.hold(len(chunk), held)
+                    body += chunk
+        except TimeoutError:
+            raise BodyTooSlow(BODY_S) from None
         return bytes(body)
+
+    async def decoded(self, read: Callable[[bytes, str], _T], body: bytes, model: str) -> _T:
+        """What a body with pictures holds, read in a thread; `hold` its pixels next."""
+        return await anyio.to_thread.run_sync(read, body, model, limiter=self._decoding)
+
+    def hold(self, size: int, held: contextlib.ExitStack) -> None:
+        """Count bytes as held until `held` closes. Raises BodiesFull."""
+        if self._held_bytes + size > 2 * self.max_body:
+            raise BodiesFull
+        self._held_bytes += size
+        held.callback(self._release, size)
 
     def _release(self, size: int) -> None:
         self._held_bytes -= size

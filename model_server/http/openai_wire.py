@@ -22,12 +22,16 @@ class UnknownModel(LookupError):
         super().__init__(f"the model {asked[:80]!r} is not loaded here, {loaded!r} is: see GET /v1/models")
 
 
+MAX_VALUES = 100_000  # of a body: parsed, small values take thirty times their bytes; pictures in base64 are one each
+
 _M = TypeVar("_M", bound=BaseModel)
 
 
 def read_body(kind: type[_M], body: bytes) -> _M:
     """The JSON of a body. Raises CallError, which names the first field that is wrong and never quotes its value:
     that may be an image of megabytes."""
+    if body.count(b",") > MAX_VALUES:
+        raise CallError(f"the body has more than {MAX_VALUES} values: send a shorter conversation or list")
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:

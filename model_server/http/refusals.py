@@ -28,6 +28,13 @@ class BodyTooLarge(Exception):
         super().__init__(f"a request may have {limit} bytes: send fewer or smaller tiles")
 
 
+class BodyTooSlow(Exception):
+    """The body did not come in time."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the body did not come within {seconds:g} s: send less at a time")
+
+
 class TooManyCalls(Exception):
     """One caller has as many calls in work as it may have."""
 
@@ -47,6 +54,7 @@ ERRORS: list[tuple[type[Exception], int, str]] = [
     (WireError, 400, "bad_request"),
     (CallError, 400, "bad_request"),
     (UnknownModel, 404, "model_not_found"),
+    (BodyTooSlow, 408, "too_slow"),
     (BodyTooLarge, 413, "too_large"),
     (TooManyCalls, 429, "too_many_calls"),
     (QueryFailed, 500, "failed"),
@@ -57,7 +65,7 @@ ERRORS: list[tuple[type[Exception], int, str]] = [
     (EngineNotReady, 503, "not_ready"),
     (DeadlinePassed, 504, "deadline_passed"),
 ]
-_HTTP_CODES = {401: "unauthorized", 404: "not_found", 405: "method_not_allowed"}
+_HTTP_CODES = {401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "method_not_allowed"}
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 501: "invalid_request_error"}
 
 
@@ -82,6 +90,8 @@ def _handler(status: int, code: str) -> Callable[[Request, Exception], Response]
         if status in (429, 503):
             wait_s = error.retry_after_s if isinstance(error, EngineBusy) else LOADING_RETRY_S
             headers["Retry-After"] = str(math.ceil(wait_s))
+        elif status == 408:
+            headers["Connection"] = "close"  # nobody waits for the rest
         elif status >= 500:
             headers["X-Should-Retry"] = "false"  # OpenAI's client would ask again: what failed once fails again
         param = error.param if isinstance(error, CallError) else None

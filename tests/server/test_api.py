@@ -9,13 +9,15 @@ from collections.abc import AsyncIterator, Callable
 import httpx
 import numpy as np
 import pytest
+from chats import data_url, user
 from safetensors.numpy import save
 from scripted import GUILTY, ScriptedPerceiver, tile
 
 from model_server.engine import Engine
+from model_server.http import entry
 from model_server.http.api import create_app
 from model_server.perceiver import Perceiver
-from model_server.protocol import PerceiveRequest, decode_response, encode_request
+from model_server.protocol import MAX_HEADER_BYTES, PerceiveRequest, decode_response, encode_request
 
 CAPTION = PerceiveRequest(task="caption")
 GOOD = encode_request(CAPTION, [tile(7)])
@@ -24,6 +26,11 @@ HEADERS = {"Authorization": "Bearer secret", "Content-Type": "application/octet-
 
 def body_of(request: dict[str, object], **tensors: np.ndarray) -> bytes:
     return save(tensors or {"tile_0": tile(1)}, metadata={"request": json.dumps(request)})
+
+
+def with_header(header: dict[str, object]) -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text
 
 
 @pytest.fixture
@@ -61,6 +68,8 @@ async def test_an_answer_names_the_model_the_task_token_and_the_expert(http: htt
         pytest.param(GOOD[: len(GOOD) - 5], id="truncated"),
         pytest.param((2**62).to_bytes(8, "little") + GOOD[8:], id="lying header length"),
         pytest.param(save({"tile_0": tile(1)}), id="no request"),
+        pytest.param(with_header({"__metadata__": None}), id="no metadata"),
+        pytest.param(with_header({"x" * MAX_HEADER_BYTES: {}}), id="header of megabytes"),
         pytest.param(body_of({"task": "teleport"}), id="unknown task"),
         pytest.param(body_of({"task": "caption", "colour": "red"}), id="unknown field"),
         pytest.param(body_of({"task": "vqa", "text": " "}), id="blank question"),
@@ -152,6 +161,38 @@ async def test_bodies_in_memory_are_bounded_together(engine: Engine, perceiver: 
         assert (await perceive(client, GOOD)).status_code == 200
 
 
+async def test_the_pixels_of_pictures_count_as_bytes_in_memory(engine: Engine, perceiver: ScriptedPerceiver) -> None:
+    """A picture of one colour is a file of some hundred bytes, whatever its size."""
+    flat = {"model": "scripted", "messages": [user(None, data_url(np.full((64, 64, 3), 7, np.uint8)))]}
+    app = httpx.ASGITransport(create_app(engine, token="secret", max_body=10_000))
+    perceiver.gate.clear()
+    async with httpx.AsyncClient(transport=app, base_url="http://test", headers=HEADERS) as client:
+        held = asyncio.create_task(client.post("/v1/chat/completions", json=flat))
+        await until(lambda: engine.stats.requests.get("caption") == 1)
+        assert error_of(await client.post("/v1/chat/completions", json=flat)) == (503, "busy")
+        pictures = {"model": "scripted", "input": [data_url(np.full((64, 64, 3), 7, np.uint8))]}
+        assert error_of(await client.post("/v1/embeddings", json=pictures)) == (503, "busy")
+        perceiver.gate.set()
+        assert (await held).status_code == 200
+        assert (await client.post("/v1/chat/completions", json=flat)).status_code == 200
+
+
+async def test_a_body_that_does_not_come_is_waited_for_no_longer(
+    http: httpx.AsyncClient, scripted_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entry, "BODY_S", 0.1)
+    port = httpx.URL(scripted_url).port
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = b"POST /v1/perceive HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer secret\r\nContent-Length: 1000\r\n"
+    writer.write(head + b"Content-Type: application/octet-stream\r\n\r\nand no more")
+    async with asyncio.timeout(300):
+        answer = await reader.read()  # up to the end of the connection
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b'"code":"too_slow"' in answer
+    writer.close()
+    assert (await perceive(http, GOOD)).status_code == 200
+
+
 async def test_a_caller_that_disconnects_frees_its_place(
     http: httpx.AsyncClient, engine: Engine, perceiver: ScriptedPerceiver
 ) -> None:
@@ -206,6 +247,19 @@ async def test_without_a_token_a_foreign_host_name_is_refused(engine: Engine) ->
         assert (await perceive(client, GOOD)).status_code == 400
     async with httpx.AsyncClient(transport=app, base_url="http://127.0.0.1:8765", headers=HEADERS) as client:
         assert (await perceive(client, GOOD)).status_code == 200
+
+
+@pytest.mark.parametrize("origin", ["https://attacker.example", "null", "http://localhost.attacker.example", "http://["])
+async def test_without_a_token_a_web_page_of_another_origin_is_refused(engine: Engine, origin: str) -> None:
+    """What it may send without asking first: plain text."""
+    body = json.dumps({"model": "scripted", "messages": [user(None, data_url(tile(7)))]})
+    app = httpx.ASGITransport(create_app(engine))
+    async with httpx.AsyncClient(transport=app, base_url="http://127.0.0.1:8765") as client:
+        page = {"Content-Type": "text/plain", "Origin": origin}
+        refusal = await client.post("/v1/chat/completions", content=body, headers=page)
+        assert error_of(refusal) == (403, "forbidden")
+        here = {**page, "Origin": "http://localhost:3000"}
+        assert (await client.post("/v1/chat/completions", content=body, headers=here)).status_code == 200
 
 
 async def test_models_lists_what_is_loaded(http: httpx.AsyncClient) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import subprocess
+import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -169,6 +171,7 @@ def test_what_is_no_picture_is_refused_with_a_reason(url: str, reason: str) -> N
         pytest.param(body([user("[REF] what is [1, 2, 3, 4]?", URL)]), "messages", "REF", id="region to words"),
         pytest.param(body([user("[VG]", URL)]), "messages", "phrase", id="no phrase"),
         pytest.param(body([user("why? " * 200, URL)]), "messages", "500", id="long question"),
+        pytest.param(body([{"role": "user"}] * 100_002), None, "more than 100000 values", id="long conversation"),
         pytest.param(body([user("", URL)], metadata={"task": "teleport"}), "metadata", "task", id="unknown task"),
         pytest.param(body([user("", URL)], metadata={"gsd_m": "-1"}), "metadata", "gsd_m", id="bad resolution"),
         pytest.param(body([user("", URL)], tools=[{"type": "function"}]), "tools", "no tools", id="tools"),
@@ -182,6 +185,15 @@ def test_a_request_that_cannot_be_served_names_the_field(content: bytes, param: 
     with pytest.raises(CallError, match=reason) as refusal:
         read_chat(content, "nano")
     assert refusal.value.param == param
+
+
+def test_a_long_text_is_refused_in_time_that_grows_as_its_length() -> None:
+    """With its square it would be an hour in which the server answers nobody."""
+    text = "[VQA] a" + " " * 1_000_000 + "b"
+    program = "import sys; from model_server.http.chat import read_chat; read_chat(sys.stdin.buffer.read(), 'nano')"
+    command, conversation = [sys.executable, "-c", program], body([user(text, URL)])
+    refused = subprocess.run(command, input=conversation, capture_output=True, timeout=120, check=False)
+    assert b"CallError: text: String should have at most 500 characters" in refused.stderr
 
 
 def test_a_refusal_never_quotes_an_image() -> None:

@@ -41,6 +41,13 @@ def response(**answers: object) -> PerceiveResponse:
     return PerceiveResponse.model_validate({**common, **answers})
 
 
+def test_a_header_is_not_parsed_that_would_take_many_times_its_bytes() -> None:
+    names = (f'"{n}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for n in range(30_000))
+    header = f'{{"__metadata__":{{"request":"{{}}"}},{",".join(names)}}}'.encode()
+    with pytest.raises(WireError, match="header may have 1048576 bytes"):
+        decode_request(len(header).to_bytes(8, "little") + header)
+
+
 @pytest.mark.parametrize(
     ("request_fields", "message"),
     [
