@@ -7,14 +7,16 @@ missing, unexpected or of another shape is reported by its published name, and n
 from __future__ import annotations
 
 import json
+import pickle
 import re
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from model_server.checkpoints.spread import Spread
@@ -90,36 +92,78 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def open_tensors(folder: Path) -> Tensors:
-    """The tensors of all `*.safetensors`, else all `pytorch_model*.bin` (unpickled as plain tensors only), of a folder.
+    """The tensors of a folder's `*.safetensors`, else of its `pytorch_model*.bin` or `adapter_model.bin` (unpickled as
+    plain tensors only). Of several files an index, where there is one, says which belong together.
 
     Raises:
-        WeightsError: there are none, a file cannot be read, or one that an index names is not there.
+        WeightsError: there are none, a file cannot be read, one that an index names is not there, or two files hold
+            a tensor of the same name.
     """
+    files = _files(folder, "model", "*.safetensors")
+    opened = [(path, _safetensors(path)) for path in files]
+    if not opened:
+        files = _files(folder, "pytorch_model", "pytorch_model*.bin") or sorted(folder.glob("adapter_model.bin"))
+        opened = [(path, _pickled(path)) for path in files]
     found: Tensors = {}
-    for index in folder.glob("*.index.json"):
-        absent = sorted({name for name in read_json(index)["weight_map"].values() if not (folder / name).is_file()})
-        if absent:
-            raise WeightsError(f"{folder} is not whole: {index.name} names {', '.join(absent)}, which are not there")
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            file = safe_open(path, framework="pt")
-        except (OSError, ValueError, RuntimeError) as error:
-            raise WeightsError(f"cannot read {path}: {error}") from error
-        found |= {name: _reader(file, name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    if not found:
-        for path in sorted(folder.glob("pytorch_model*.bin")):
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            found |= {name: _held(tensor) for name, tensor in state.items()}
+    where: dict[str, str] = {}
+    for path, own in opened:
+        if twice := sorted(found.keys() & own.keys()):
+            raise WeightsError(
+                f"{folder} holds {twice[0]} in {where[twice[0]]} and in {path.name}: leave the files of one checkpoint"
+            )
+        found |= own
+        where |= dict.fromkeys(own, path.name)
     if not found:
         raise WeightsError(f"{folder} holds no *.safetensors and no pytorch_model*.bin")
     return found
+
+
+def _files(folder: Path, stem: str, pattern: str) -> list[Path]:
+    """One kind of tensor files. Shards are those that the index names, unless one file beside them holds all."""
+    suffix = Path(pattern).suffix
+    index, whole = folder / f"{stem}{suffix}.index.json", folder / f"{stem}{suffix}"
+    if not index.is_file() or whole.is_file():
+        return [whole] if index.is_file() else sorted(folder.glob(pattern))
+    names = sorted(set(need(read_json(index), "weight_map", index.name).values()))
+    if absent := [name for name in names if not (folder / name).is_file()]:
+        raise WeightsError(f"{folder} is not whole: {index.name} names {', '.join(absent)}, which are not there")
+    return [folder / name for name in names]
+
+
+def _safetensors(path: Path) -> Tensors:
+    try:
+        file = safe_open(path, framework="pt")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise WeightsError(f"cannot read {path}: {error}") from error
+    return {name: _reader(file, name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _pickled(path: Path) -> Tensors:
+    state = unpickled(path)
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise WeightsError(f"{path} holds more than named tensors, or none")
+    return {name: held(tensor) for name, tensor in state.items()}
+
+
+def unpickled(path: Path) -> Any:
+    """What `torch.save` wrote, plain tensors and containers only.
+
+    Raises:
+        WeightsError: it cannot be read, or holds other things.
+    """
+    try:
+        # What was written before PyTorch 1.6 is no zip file and cannot be mapped.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise WeightsError(f"cannot read {path}: {error}") from error
 
 
 def _reader(file: Any, name: str) -> Callable[[], Tensor]:
     return lambda: file.get_tensor(name)
 
 
-def _held(tensor: Tensor) -> Callable[[], Tensor]:
+def held(tensor: Tensor) -> Callable[[], Tensor]:
+    """Reads a tensor that is at hand."""
     return lambda: tensor
 
 
@@ -217,50 +261,108 @@ def vit_plan(c: ViTConfig, theirs: str, ours: str = "tower.") -> Plan:
 ACTS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 
 
-def need(raw: Mapping[str, Any], key: str) -> Any:
+def need(raw: Mapping[str, Any], key: str, file: str = "config.json") -> Any:
     """raw[key].
 
     Raises:
         UnsupportedLayout: the config has no such field.
     """
     if key not in raw:
-        raise UnsupportedLayout(f"config.json has no {key}")
+        raise UnsupportedLayout(f"{file} has no {key}")
     return raw[key]
 
 
-def require(raw: Mapping[str, Any], key: str, allowed: Sequence[Any]) -> None:
+def require(raw: Mapping[str, Any], key: str, allowed: Sequence[Any], file: str = "config.json") -> None:
     """Refuse a config whose `key`, where it has one, asks for what is not computed here.
 
     Raises:
         UnsupportedLayout: naming the key, its value and what is allowed.
     """
     if key in raw and raw[key] not in allowed:
-        raise UnsupportedLayout(f"config.json has {key} = {raw[key]!r}; supported are {list(allowed)}")
+        raise UnsupportedLayout(f"{file} has {key} = {raw[key]!r}; supported are {list(allowed)}")
 
 
-def decoder_config(raw: Mapping[str, Any], **family: Any) -> DecoderConfig:
-    """A config.json of the Llama or Qwen2 family, with that family's defaults; `family` overrides.
+def rope_config(raw: Mapping[str, Any], kinds: Sequence[str] = ("default",)) -> dict[str, Any]:
+    """Rotary settings: those of `rope_parameters` (newer) or `rope_scaling` (older), and `rope_theta` wherever it is.
 
     Raises:
-        UnsupportedLayout: another activation, or sliding windows.
+        UnsupportedLayout: frequencies that are scaled, or heads that turn in part.
     """
-    require(raw, "hidden_act", ["silu"])
+    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    for key in ("rope_type", "type"):
+        require(rope, key, kinds)
+    if "rope_type" not in rope and "type" not in rope:
+        require(rope, "factor", [None, 1, 1.0])
+    rope = {"rope_theta": raw.get("rope_theta"), "partial_rotary_factor": raw.get("partial_rotary_factor"), **rope}
+    require(rope, "partial_rotary_factor", [None, 1, 1.0])
+    return rope
+
+
+def decoder_config(raw: Mapping[str, Any], rope: Mapping[str, Any] | None = None, **family: Any) -> DecoderConfig:
+    """A config.json of the Llama or Qwen2 family, with that family's defaults; `rope`: its rotary settings, if they are
+    read already; `family` overrides.
+
+    Raises:
+        UnsupportedLayout: another activation, sliding windows, scaled frequencies, quantised weights, heads that do
+            not divide the width.
+    """
+    require(raw, "hidden_act", ["silu", "swish"])
     require(raw, "use_sliding_window", [False, None])
     require(raw, "attention_bias", [False, None])
+    require(raw, "quantization_config", [None, {}])
+    if kinds := sorted(set(raw.get("layer_types") or ()) - {"full_attention"}):
+        raise UnsupportedLayout(f"config.json has layer_types of {kinds}; supported is full_attention")
+    rope = rope_config(raw) if rope is None else rope
     heads = raw.get("num_attention_heads", 32)
     found = {
         "width": raw.get("hidden_size", 4096),
         "layers": raw.get("num_hidden_layers", 32),
         "heads": heads,
         "kv_heads": raw.get("num_key_value_heads") or heads,
-        "rope_base": float(raw.get("rope_theta", 10000.0)),
+        "rope_base": float(rope.get("rope_theta") or 10000.0),
         "norm_eps": raw.get("rms_norm_eps", 1e-6),
         "tied": bool(raw.get("tie_word_embeddings", False)),
         "vocab_size": need(raw, "vocab_size"),
         "ffn": need(raw, "intermediate_size"),
     }
     require(raw, "head_dim", [found["width"] // heads, None])
+    if found["width"] % heads or heads % found["kv_heads"]:
+        raise UnsupportedLayout(
+            f"config.json has hidden_size = {found['width']}, num_attention_heads = {heads} and num_key_value_heads = "
+            f"{found['kv_heads']}; each must be a multiple of the next"
+        )
     return DecoderConfig(**{**found, **family})
+
+
+def tied_head(c: DecoderConfig, tensors: Tensors) -> tuple[str, ...]:
+    """The name of an output embedding that a file holds although the config ties it to the input's, to leave alone.
+
+    Raises:
+        UnsupportedLayout: the two differ: versions of `transformers` disagree on which of them to take.
+    """
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    if not c.tied or head is None:
+        return ()
+    if embedding is not None and not torch.equal(head(), embedding()):
+        raise UnsupportedLayout(
+            "config.json has tie_word_embeddings = True, but lm_head.weight is another than model.embed_tokens.weight: "
+            "set it to False if the head is to be used, or take the head out"
+        )
+    return (r"lm_head\.weight",)
+
+
+def feature_layer(selected: Any, layers: int) -> int:
+    """The one hidden state of a tower that a config selects, 0 = before the first layer; -1 is the last.
+
+    Raises:
+        UnsupportedLayout: several, or one that the tower has not.
+    """
+    chosen = selected[0] if isinstance(selected, list) and len(selected) == 1 else selected
+    if not isinstance(chosen, int) or not -layers - 1 <= chosen <= layers:
+        raise UnsupportedLayout(
+            f"config.json selects the tower's layers {selected}; supported is one of its {layers} and 0"
+        )
+    return chosen if chosen >= 0 else layers + 1 + chosen
 
 
 def vit_config(raw: Mapping[str, Any], defaults: ViTConfig) -> ViTConfig:
@@ -269,11 +371,14 @@ def vit_config(raw: Mapping[str, Any], defaults: ViTConfig) -> ViTConfig:
     act = raw.get("hidden_act")
     if act is not None and act not in ACTS:
         raise UnsupportedLayout(f"the tower's config.json has hidden_act = {act!r}; supported are {list(ACTS)}")
+    width, heads = raw.get("hidden_size", defaults.width), raw.get("num_attention_heads", defaults.heads)
+    if width % heads:
+        raise UnsupportedLayout(f"the tower's config.json has hidden_size = {width}, no multiple of its {heads} heads")
     return ViTConfig(
         style=defaults.style,
-        width=raw.get("hidden_size", defaults.width),
+        width=width,
         layers=raw.get("num_hidden_layers", defaults.layers),
-        heads=raw.get("num_attention_heads", defaults.heads),
+        heads=heads,
         ffn=raw.get("intermediate_size", defaults.ffn),
         image_size=raw.get("image_size", defaults.image_size),
         patch=raw.get("patch_size", defaults.patch),

@@ -89,8 +89,10 @@ class QwenVision(nn.Module):
         if any(side % c.merge for grid in grids for side in grid) or sum(h * w for h, w in grids) != len(patches):
             raise ValueError(f"{len(patches)} patches do not fit the grids {list(grids)} of {c.merge}x{c.merge} groups")
         rope = self._rope(grids, patches.device)
-        windows = Groups.of(window_groups(grids, c), patches.device)
-        images = Groups.of(torch.arange(len(patches)).split([h * w for h, w in grids]), patches.device)
+        own = window_groups(grids, c)
+        windows = Groups.of(own, patches.device)
+        # Window by window here too, as the authors' code has them: sums in another order round otherwise.
+        images = Groups.of(torch.cat(own).split([h * w for h, w in grids]), patches.device)
         x = self.patches(patches.view(-1, 3, c.frames, c.patch, c.patch)).flatten(1)  # [N, W]
         for layer, block in enumerate(self.blocks):
             x = block(x, rope, images if layer in c.full_layers else windows)
@@ -99,7 +101,7 @@ class QwenVision(nn.Module):
     def _rope(self, grids: Sequence[Grid], device: torch.device) -> tuple[Tensor, Tensor]:
         """Rotary table [1, N, d]: half of each head's d/2 frequencies turn by the row, the others by the column."""
         d = self.config.width // self.config.heads
-        rates = _ROPE_BASE ** (-torch.arange(0, d // 2, 2, device=device, dtype=torch.float32) / (d // 2))
+        rates = 1.0 / _ROPE_BASE ** (torch.arange(0, d // 2, 2, device=device, dtype=torch.float32) / (d // 2))
         places = torch.cat([patch_places(grid, self.config.merge) for grid in grids]).to(device)  # [N, 2]
         angles = (places[:, :, None] * rates).flatten(1)[None]  # [1, N, d/2]
         angles = torch.cat((angles, angles), -1)

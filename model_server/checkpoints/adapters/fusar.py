@@ -6,10 +6,9 @@ positions between the centres of the outermost patches, and the square resamplin
 
 from __future__ import annotations
 
-import pickle
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,14 @@ from model_server.checkpoints.published import (
     decoder_plan,
     empty,
     fill,
+    held,
     need,
     open_tensors,
     read_json,
     require,
+    rope_config,
+    tied_head,
+    unpickled,
 )
 from model_server.checkpoints.spread import Spread
 from model_server.checkpoints.store import WeightsError
@@ -40,6 +43,13 @@ from model_server.model.qwen_vl import QwenVLM
 NAME = "fusar"
 FORMAT = "tlm_original_train_patch_resize_v1"
 FILM, TLM, LORA = "vec64_film.pt", "tlm_config.json", "adapter_config.json"
+ROPE_BASE = 1e6  # Qwen2.5-VL's, where a config.json leaves it out
+# Those that leave the base's own weights as they are; others (PiSSA, OLoRA, LoftQ) change them too.
+PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+NOT_PLAIN = (
+    "use_dora", "use_rslora", "use_qalora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save",
+    "layer_replication", "lora_bias", "target_parameters", "trainable_token_indices", "alora_invocation_tokens",
+)  # fmt: skip
 # Kept in old checkpoints for a fallback that the authors' code no longer has.
 UNUSED = (r"score\b.*",)
 
@@ -73,12 +83,12 @@ def read_config(base: Mapping[str, Any], tlm: Mapping[str, Any]) -> QwenVLConfig
     Raises:
         UnsupportedLayout: one of them asks for what is not computed here.
     """
-    require(tlm, "format", [FORMAT])
-    require(tlm, "vec_dim", [64])
+    require(tlm, "format", [FORMAT], TLM)
+    require(tlm, "vec_dim", [64], TLM)
     config = read_base_config(base, NAME)
     vision = config.vision
     modulation = ModulationConfig(
-        sigma=float(need(tlm, "sigma")),
+        sigma=float(need(tlm, "sigma", TLM)),
         hidden_mult=int(tlm.get("hidden_mult", 4)),
         merge=vision.merge,
         normalise="twice",
@@ -100,19 +110,26 @@ def read_base_config(base: Mapping[str, Any], name: str) -> QwenVLConfig:
     require(base, "model_type", ["qwen2_5_vl"])
     text = {**base, **base.get("text_config", {})}
     text["tie_word_embeddings"] = base.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    require(rope, "rope_type", ["default", "mrope"])
-    if "rope_theta" in rope:
-        text["rope_theta"] = rope["rope_theta"]
-    decoder = decoder_config(text, qkv_bias=True, rope_sections=tuple(need(rope, "mrope_section")))
+    rope = rope_config(text, ("default", "mrope"))
+    rope["rope_theta"] = rope["rope_theta"] or ROPE_BASE
+    sections = tuple(need(rope, "mrope_section"))
+    decoder = decoder_config(text, rope, qkv_bias=True, rope_sections=sections)
+    if len(sections) != 3 or 2 * sum(sections) != decoder.width // decoder.heads:
+        raise UnsupportedLayout(
+            f"config.json has mrope_section = {list(sections)}; it must be three numbers that add up to "
+            f"{decoder.width // decoder.heads // 2}, half of a head"
+        )
     vision = vision_config(base.get("vision_config", {}), decoder.width)
     return QwenVLConfig(name=name, vision=vision, decoder=decoder, image_token=need(base, "image_token_id"))
 
 
 def vision_config(raw: Mapping[str, Any], width: int) -> QwenVisionConfig:
     """The tower's part of a Qwen2.5-VL config.json; `width` is that of the decoder."""
-    require(raw, "hidden_act", ["silu"])
+    require(raw, "hidden_act", ["silu", "swish"])
     require(raw, "out_hidden_size", [width])
+    heads = raw.get("num_heads", QwenVisionConfig().heads)
+    if raw.get("hidden_size", QwenVisionConfig().width) % (4 * heads):
+        raise UnsupportedLayout(f"the tower's {heads} heads must divide its hidden_size into multiples of four")
     for key in ("in_channels", "in_chans"):
         require(raw, key, [3])
     d = QwenVisionConfig()
@@ -155,8 +172,8 @@ def load(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float3
     model = empty(lambda: QwenVLM(config), device, dtype, spread)
     if model.modulation is not None:
         model.modulation.float()
-    tied = (r"lm_head\.weight",) if config.decoder.tied else ()
-    report = fill(model, plan(config), {**tensors, **_film(adapter / FILM)}, (*UNUSED, *tied))
+    unused = (*UNUSED, *tied_head(config.decoder, tensors))
+    report = fill(model, plan(config), {**tensors, **_film(adapter / FILM)}, unused)
     report.unexpected.extend(stray)
     if not report.fits:
         raise LayoutError(folder, report)
@@ -205,53 +222,85 @@ def old_name(name: str) -> str:
     return re.sub(r"^model\.(?:language_model\.|(?=visual\.))", lambda m: "model." if m.end() > 6 else "", name)
 
 
-def _merged(base: Path, adapter: Path) -> tuple[Tensors, list[str]]:
-    """The base's tensors by their old names with the LoRA in them, W + alpha / r B A, and the adapter's names that
-    belong to no tensor of the base."""
-    tensors = {old_name(name): read for name, read in open_tensors(base).items()}
+@dataclass(frozen=True)
+class LowRank:
+    """What a LoRA adds to a matrix: scale B A; `down` reads A [r, in], `up` reads B [out, r], both in float32."""
+
+    name: str  # of the matrix
+    rank: int
+    scale: float
+    down: Callable[[], Tensor]
+    up: Callable[[], Tensor]
+
+    def added(self, weight: Tensor) -> Tensor:
+        """weight + scale B A, in float32.
+
+        Raises:
+            WeightsError: the shapes do not fit, or the rank is not the config's.
+        """
+        down, up = self.down(), self.up()
+        if (down.shape[0], up.shape[1]) != (self.rank, self.rank):
+            raise WeightsError(
+                f"the LoRA of {self.name} is {list(up.shape)} by {list(down.shape)}; {LORA} says r = {self.rank}"
+            )
+        if weight.shape != (up.shape[0], down.shape[1]):
+            found = f"{list(up.shape)} by {list(down.shape)}"
+            raise WeightsError(f"{self.name} is {list(weight.shape)}; its LoRA is {found}")
+        return weight.float() + self.scale * (up @ down)
+
+
+def base_tensors(base: Path) -> Tensors:
+    """The base's tensors by their old names."""
+    return {old_name(name): read for name, read in open_tensors(base).items()}
+
+
+def low_ranks(adapter: Path, base: Collection[str]) -> tuple[dict[str, LowRank], list[str]]:
+    """An adapter's LoRA by the names of the base's tensors, and its own names that belong to none of them.
+
+    Raises:
+        UnsupportedLayout: it is no plain LoRA, W + alpha / r B A.
+    """
     raw = read_json(adapter / LORA)
-    require(raw, "peft_type", ["LORA"])
-    require(raw, "bias", ["none"])
-    for switch in ("use_dora", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save"):
-        require(raw, switch, [False, None, {}, []])
-    scale = need(raw, "lora_alpha") / need(raw, "r")
+    require(raw, "peft_type", ["LORA"], LORA)
+    require(raw, "bias", ["none"], LORA)
+    require(raw, "init_lora_weights", PLAIN_STARTS, LORA)
+    for switch in NOT_PLAIN:
+        require(raw, switch, [False, None, {}, []], LORA)
+    rank, alpha = need(raw, "r", LORA), need(raw, "lora_alpha", LORA)
+    if not isinstance(rank, int) or rank < 1:
+        raise UnsupportedLayout(f"{LORA} has r = {rank!r}; it must be a positive integer")
     lora = open_tensors(adapter)
-    stray = []
+    found, stray = {}, []
     for name in sorted(lora):
         parts = re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", name)
         partner = name.replace(".lora_A.", ".lora_B.")
         target = f"{old_name(parts[1])}.weight" if parts else ""
-        if parts and partner in lora and target in tensors:
-            tensors[target] = _with_lora(target, tensors[target], lora[name], lora[partner], scale)
+        if parts and partner in lora and target in base:
+            found[target] = LowRank(target, rank, alpha / rank, _single(lora[name]), _single(lora[partner]))
         elif parts or name.replace(".lora_B.", ".lora_A.") not in lora or ".lora_B." not in name:
             stray.append(name)
-    return tensors, stray
+    return found, stray
 
 
-def _with_lora(name: str, weight: Callable[[], Tensor], a: Callable[[], Tensor], b: Callable[[], Tensor],
-               scale: float) -> Callable[[], Tensor]:  # fmt: skip
-    """Reads the weight with scale B A added."""
+def _merged(base: Path, adapter: Path) -> tuple[Tensors, list[str]]:
+    """The base's tensors with the LoRA in them, and the adapter's names that belong to none of them."""
+    tensors = base_tensors(base)
+    added, stray = low_ranks(adapter, tensors.keys())
+    return {name: _with(read, added.get(name)) for name, read in tensors.items()}, stray
 
-    def read() -> Tensor:
-        down, up, found = a().float(), b().float(), weight()
-        if found.shape != (up.shape[0], down.shape[1]) or up.shape[1] != down.shape[0]:
-            raise WeightsError(f"{name} is {list(found.shape)}; its LoRA is {list(up.shape)} by {list(down.shape)}")
-        return found.float() + scale * (up @ down)
 
-    return read
+def _with(read: Callable[[], Tensor], added: LowRank | None) -> Callable[[], Tensor]:
+    return read if added is None else lambda: added.added(read())
+
+
+def _single(read: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    return lambda: read().float()
 
 
 def _film(path: Path) -> Tensors:
     """The modulation's tensors, `film_mlp.0.weight` and so on."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise WeightsError(f"cannot read {path}: {error}") from error
+    saved = unpickled(path)
     if not isinstance(saved, dict) or not isinstance(saved.get("film_mlp"), dict):
         raise WeightsError(f"{path} holds no film_mlp")
     found = {f"film_mlp.{name}": tensor for name, tensor in saved["film_mlp"].items()}
-    return {name: _held(tensor) for name, tensor in found.items()}
-
-
-def _held(tensor: Tensor) -> Callable[[], Tensor]:
-    return lambda: tensor
+    return {name: held(tensor) for name, tensor in found.items()}

@@ -19,14 +19,16 @@ from model_server.checkpoints.adapters.mfrsvlm import tower_of as tower_of
 from model_server.checkpoints.published import (
     LayoutError,
     Report,
-    UnsupportedLayout,
+    Tensors,
     decoder_config,
     empty,
+    feature_layer,
     fill,
     need,
     open_tensors,
     read_json,
     require,
+    tied_head,
     vit_config,
 )
 from model_server.checkpoints.spread import Spread
@@ -35,6 +37,7 @@ from model_server.model.llava import LlavaVLM
 
 NAME = "llava"
 LLAMA = {"vocab_size": 32000, "intermediate_size": 11008}  # LlamaConfig's defaults, which `text_config` leaves out
+_OWN_TOWER = "model.vision_tower.vision_tower."
 # From the names of `transformers`, older and newer, to those of the original layout.
 _RENAMED = (
     (r"(?:model\.)?vision_tower\.(?:vision_model\.)?", "vision_model."),
@@ -64,9 +67,6 @@ def read_config(raw: Mapping[str, Any], tower: Mapping[str, Any]) -> LlavaConfig
     """
     text = {**LLAMA, **raw.get("text_config", raw)}
     require(text, "model_type", ["llama", "llava", "llava_llama"])
-    require(text, "rope_scaling", [None])
-    text["rope_theta"] = text.get("rope_theta", (text.get("rope_parameters") or {}).get("rope_theta", 10000.0))
-    require(text.get("rope_parameters") or {}, "rope_type", ["default"])
     if is_original(raw):
         require(raw, "mm_projector_type", ["mlp2x_gelu"])
         require(raw, "mm_vision_select_feature", ["patch"])
@@ -77,11 +77,9 @@ def read_config(raw: Mapping[str, Any], tower: Mapping[str, Any]) -> LlavaConfig
         require(raw, "vision_feature_select_strategy", ["default"])
         require(raw, "multimodal_projector_bias", [True])
         feature = raw.get("vision_feature_layer", -2)
-    if not isinstance(feature, int):
-        raise UnsupportedLayout(f"config.json selects the tower's layers {feature}; one layer is supported")
     require(tower.get("vision_config", tower), "model_type", ["clip_vision_model", "clip"])
     vision = vit_config(tower, CLIP)
-    feature = feature if feature >= 0 else vision.layers + 1 + feature
+    feature = feature_layer(feature, vision.layers)
     return LlavaConfig(name=NAME, vision=vision, decoder=decoder_config(text), feature=feature)
 
 
@@ -100,17 +98,26 @@ def load(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float3
     if is_original(raw):
         tower = tower or tower_of(folder, raw)
         described = read_json(tower / "config.json")
-        tensors = {**tensors, **open_tensors(tower)}
+        tensors = {**tensors, **open_tensors(tower), **_tuned_tower(raw, tensors)}
     else:
         tensors = {_original_name(name): read for name, read in tensors.items()}
     config = read_config(raw, described)
     model = empty(lambda: LlavaVLM(config), device, dtype, spread)
-    tied = (r"lm_head\.weight",) if config.decoder.tied else ()
-    report = fill(model, clip_llama_plan(config), tensors, (*UNUSED, *tied))
+    unused = (*UNUSED, *tied_head(config.decoder, tensors))
+    report = fill(model, clip_llama_plan(config), tensors, unused)
     if not report.fits:
         raise LayoutError(folder, report)
     model = model.eval().requires_grad_(False)
     return (model if spread is None else spread.dispatch(model)), report
+
+
+def _tuned_tower(raw: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """The checkpoint's own copy of the tower, which the original code reads where the tower was trained too; elsewhere
+    it takes the named tower's and leaves a copy alone."""
+    trained = raw.get("unfreeze_mm_vision_tower") or "mm_vision_tower" in (raw.get("mm_tunable_parts") or "")
+    if not trained:
+        return {}
+    return {name.removeprefix(_OWN_TOWER): read for name, read in tensors.items() if name.startswith(_OWN_TOWER)}
 
 
 def _original_name(name: str) -> str:

@@ -24,12 +24,14 @@ from model_server.checkpoints.published import (
     decoder_config,
     decoder_plan,
     empty,
+    feature_layer,
     fill,
     need,
     open_tensors,
     projector_plan,
     read_json,
     require,
+    tied_head,
     tower_folder,
     vit_config,
     vit_plan,
@@ -38,6 +40,8 @@ from model_server.checkpoints.spread import Spread
 from model_server.checkpoints.store import WeightsError
 from model_server.model.config import DetailConfig, LlavaConfig, MergeConfig, ViTConfig
 from model_server.model.llava import LlavaVLM
+from model_server.model.windows import WindowsDoNotFit
+from model_server.model.windows import plan as window_plan
 
 NAME = "mfrsvlm"
 CLIP = ViTConfig(
@@ -45,6 +49,7 @@ CLIP = ViTConfig(
 )  # CLIPVisionConfig's defaults
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 TOWER = "vision_model."
+PUBLISHED_BASE = 10000.0
 # Rotary rates are computed; copies of the tower in step checkpoints are ignored by the authors' loader too.
 UNUSED = (
     r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
@@ -82,14 +87,26 @@ def scales(listed: Sequence[float]) -> tuple[float, ...]:
     return tuple(found if any(abs(s - 1) < 1e-6 for s in found) else [1.0, *found])
 
 
+def _listed(raw: Mapping[str, Any], key: str, default: Sequence[float]) -> Sequence[float]:
+    """A list of the config; without one the published default, which None stands for too.
+
+    Raises:
+        UnsupportedLayout: it is empty: the published code then has nothing to inject.
+    """
+    found = default if raw.get(key) is None else raw[key]
+    if not found:
+        raise UnsupportedLayout(f"config.json has {key} = {found!r}; give at least one, or leave it out")
+    return found
+
+
 def detail_config(raw: Mapping[str, Any], tower: Path, vision: ViTConfig) -> DetailConfig:
     mean = None
     if raw.get("image_aspect_ratio") == "pad":
         path = tower / "preprocessor_config.json"
         mean = tuple(read_json(path).get("image_mean", CLIP_MEAN)) if path.is_file() else CLIP_MEAN
     return DetailConfig(
-        scales=scales(raw.get("deepstack_window_scales") or (1.0, 0.5)),
-        taps=taps(raw.get("deepstack_detail_layers") or (0.33, 0.66, 1.0), vision.layers),
+        scales=scales(_listed(raw, "deepstack_window_scales", (1.0, 0.5))),
+        taps=taps(_listed(raw, "deepstack_detail_layers", (0.33, 0.66, 1.0)), vision.layers),
         factor=max(1, int(raw.get("deepstack_downsample_factor", 2))),
         pad_mean=mean,
         plane_windows=True,
@@ -105,7 +122,6 @@ def read_config(raw: Mapping[str, Any], tensors: Tensors, tower: Path) -> LlavaC
     """
     require(raw, "mm_projector_type", ["mlp2x_gelu"])
     require(raw, "mm_vision_select_feature", ["patch"])
-    require(raw, "rope_scaling", [None])
     described = read_json(tower / "config.json")
     require(described, "model_type", ["clip_vision_model", "clip"])
     vision = vit_config(described, CLIP)
@@ -115,17 +131,17 @@ def read_config(raw: Mapping[str, Any], tensors: Tensors, tower: Path) -> LlavaC
     details = detail_config(raw, tower, vision)
     if vision.image_size != details.window:
         raise UnsupportedLayout(f"its tower takes {vision.image_size} pixels; the detail view needs {details.window}")
-    selected = need(raw, "mm_vision_select_layer")
-    selected = [selected] if isinstance(selected, int) else selected
-    if len(selected) != 1:
-        raise UnsupportedLayout(f"config.json has mm_vision_select_layer = {selected}; one layer is supported")
+    try:
+        window_plan(details, vision)
+    except WindowsDoNotFit as error:
+        raise UnsupportedLayout(f"config.json's deepstack settings do not fit its tower: {error}") from error
     listed = raw.get("deepstack_injection_layers", (2, 4, 6, 8))
     return LlavaConfig(
         name=NAME,
         vision=vision,
         decoder=decoder,
         merge=MergeConfig(visual_first=True),
-        feature=selected[0] if selected[0] >= 0 else vision.layers + 1 + selected[0],
+        feature=feature_layer(need(raw, "mm_vision_select_layer"), vision.layers),
         details=details,
         inject_layers=inject_layers(listed, decoder.layers),
     )
@@ -148,14 +164,25 @@ def tower_of(folder: Path, raw: Mapping[str, Any]) -> Path:
 
 
 def _rope_base(tensors: Tensors, configured: float) -> float:
-    """The base of the saved rotary rates where they are saved: the class that wrote them ignored `rope_theta`."""
-    rates = tensors.get("model.layers.0.self_attn.rotary_emb.inv_freq")
-    if rates is None:
+    """The base of the saved rotary rates where they are saved: the class that wrote them knew no `rope_theta`, its base
+    was 10000. Rates saved in half precision say which of the two it is, no more.
+
+    Raises:
+        UnsupportedLayout: they are of neither, or of no one base.
+    """
+    read = tensors.get("model.layers.0.self_attn.rotary_emb.inv_freq")
+    if read is None:
         return configured
-    saved = rates().double()
-    if len(saved) < 2 or abs(saved[1] * configured ** (1 / len(saved)) - 1) < 1e-5:
-        return configured
-    return float(torch.round(saved[1] ** -len(saved)))
+    saved = read()
+    count, step = len(saved), 4 * torch.finfo(saved.dtype).eps
+    rates = saved.double()
+    guess = [float(torch.round(rates[-1] ** (-count / (count - 1))))] if count > 1 and saved.dtype.itemsize > 2 else []
+    for base in (configured, PUBLISHED_BASE, *guess):
+        exact = base ** -(torch.arange(count, dtype=torch.float64) / count)
+        if bool(((rates / exact - 1).abs() <= step).all()):
+            return base
+    tried = f"{configured:g}, nor of {PUBLISHED_BASE:g}"
+    raise UnsupportedLayout(f"the saved rotary rates (inv_freq) are not those of a base of {tried}")
 
 
 def load(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32,
@@ -173,8 +200,8 @@ def load(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float3
     tower = tower or tower_of(folder, raw)
     config = read_config(raw, tensors, tower)
     model = empty(lambda: LlavaVLM(config), device, dtype, spread)
-    tied = (r"lm_head\.weight",) if config.decoder.tied else ()
-    report = fill(model, plan(config), {**tensors, **open_tensors(tower)}, (*UNUSED, *tied))
+    unused = (*UNUSED, *tied_head(config.decoder, tensors))
+    report = fill(model, plan(config), {**tensors, **open_tensors(tower)}, unused)
     if not report.fits:
         raise LayoutError(folder, report)
     model = model.eval().requires_grad_(False)

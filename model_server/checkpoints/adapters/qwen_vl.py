@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from model_server.checkpoints.adapters.fusar import old_name, read_base_config
+from model_server.checkpoints.adapters.fusar import base_tensors, read_base_config
 from model_server.checkpoints.adapters.fusar import plan as base_plan
-from model_server.checkpoints.published import LayoutError, Report, empty, fill, open_tensors, read_json
+from model_server.checkpoints.published import LayoutError, Report, empty, fill, read_json, tied_head
 from model_server.checkpoints.spread import Spread
 from model_server.model.qwen_vl import QwenVLM
 
@@ -32,10 +32,9 @@ def load(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float3
         WeightsError: a file is missing or unreadable, or asks for what is not computed here.
     """
     config = read_base_config({**read_json(folder / "config.json"), **(overrides or {})}, NAME)
-    tensors = {old_name(name): read for name, read in open_tensors(folder).items()}
+    tensors = base_tensors(folder)
     model = empty(lambda: QwenVLM(config), device, dtype, spread)
-    tied = (r"lm_head\.weight",) if config.decoder.tied else ()
-    report = fill(model, base_plan(config), tensors, tied)
+    report = fill(model, base_plan(config), tensors, tied_head(config.decoder, tensors))
     if not report.fits:
         raise LayoutError(folder, report)
     model = model.eval().requires_grad_(False)

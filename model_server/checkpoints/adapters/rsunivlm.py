@@ -31,6 +31,7 @@ from model_server.checkpoints.published import (
     projector_plan,
     read_json,
     require,
+    tied_head,
     tower_folder,
     vit_config,
     vit_plan,
@@ -95,12 +96,15 @@ def read_config(folder: Path, raw: Mapping[str, Any]) -> LlavaConfig:
     require(raw, "mm_projector_type", ["mlp2x_gelu"])
     require(raw, "mm_resampler_type", [None])
     base = tower_folder(folder, need(raw, "mm_vision_tower"))
-    vision = SIGLIP if base is None else vit_config(read_json(base / "config.json"), SIGLIP)
+    described = {} if base is None else read_json(base / "config.json")
+    require(described, "model_type", ["siglip", "siglip_vision_model"])
+    vision = vit_config(described, SIGLIP)
     layers = vision.layers - 1
     return LlavaConfig(
         name=NAME,
         vision=ViTConfig(**{**vars(vision), "layers": layers}),
-        decoder=decoder_config(raw, experts=EXPERTS, qkv_bias=True),
+        # The published class sets rope_scaling aside, whatever it says.
+        decoder=decoder_config({**raw, "rope_scaling": None}, experts=EXPERTS, qkv_bias=True),
         merge=merge_config(raw),
         feature=layers,
     )
@@ -117,7 +121,8 @@ def load(folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float3
     """
     config = read_config(folder, {**read_json(folder / "config.json"), **(overrides or {})})
     model = empty(lambda: LlavaVLM(config), device, dtype, spread)
-    report = fill(model, plan(config), _tensors(folder, config), _unused(config))
+    tensors = _tensors(folder, config)
+    report = fill(model, plan(config), tensors, _unused(config, tensors))
     if not report.fits:
         raise LayoutError(folder, report)
     model = model.eval().requires_grad_(False)
@@ -149,7 +154,6 @@ def _tensors(folder: Path, config: LlavaConfig) -> Tensors:
     return {**own, **{TOWER.removesuffix("vision_model.") + name: tensor for name, tensor in tower.items()}}
 
 
-def _unused(config: LlavaConfig) -> tuple[str, ...]:
-    tied = (r"lm_head\.weight",) if config.decoder.tied else ()
+def _unused(config: LlavaConfig, tensors: Tensors) -> tuple[str, ...]:
     newline = () if config.merge.newline else (r"model\.image_newline",)
-    return (*UNUSED, *tied, *newline)
+    return (*UNUSED, *tied_head(config.decoder, tensors), *newline)

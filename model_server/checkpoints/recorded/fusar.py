@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from model_server.checkpoints.adapters import fusar
 from model_server.checkpoints.adapters.fusar_inputs import PromptWriter, cut_patches, load_anchors
 from model_server.checkpoints.published import Report
-from model_server.checkpoints.recorded.apart import projections_apart
+from model_server.checkpoints.recorded.apart import low_ranks_apart, projections_apart
 from model_server.checkpoints.verify import Comparison
+from model_server.model.attention import Backend, attention_backend
 from model_server.model.modulation import Anchors
 from model_server.model.qwen_vision import Grid, window_groups
 from model_server.model.qwen_vl import QwenVLM
@@ -24,10 +25,15 @@ STEPS = (".film_out", ".gamma", ".beta", ".gauss_raw_SxHW", "_patch_HWxC", "_int
 
 
 def compare(folder: Path, checkpoint: Path, comparison: Comparison) -> Report:
-    """Run every case of `folder`; see the package."""
+    """Run every case of `folder`; see the package. Attention is PyTorch's, as the authors' scripts choose it."""
     model, report = fusar.load(checkpoint)
+    base = fusar.base_tensors(fusar.base_folder(checkpoint))
+    added, _ = fusar.low_ranks(fusar.adapter_folder(checkpoint), base)
+    for name, (merged, wanted) in low_ranks_apart(model, fusar.plan(model.config), base, added).items():
+        comparison.tensor("merged", name, merged, wanted)
     projections_apart(model)
-    _Cases(folder, model, comparison).run()
+    with attention_backend(Backend.SDPA):
+        _Cases(folder, model, comparison).run()
     return report
 
 
@@ -62,10 +68,19 @@ class _Cases:
         kind = "modulation" if tokens.dtype == torch.float32 else "bfloat16"
         found, recorded = alone(tokens, [grid], anchors), self.recorded[f"{case}.output"]
         if kind == "bfloat16":  # one rounding step is far above the tolerance; equal up to a step counts as equal
-            step = torch.finfo(torch.bfloat16).eps * recorded.float().abs()
+            step = torch.finfo(tokens.dtype).eps * self._largest_term(case, tokens)
             near = (found.float() - recorded.float()).abs() <= step
             found = torch.where(near, recorded, found)
         self._same(kind, f"{case}.output", found)
+
+    def _largest_term(self, case: str, tokens: Tensor) -> Tensor:
+        """Of the sum x (1 + gamma) + beta that makes an output, in its size: the sum is no finer than its terms."""
+        terms = [self.recorded[f"{case}.output"].float().abs()]
+        fields = [self.recorded.get(f"{case}.field_{name}_interp_1CHW") for name in ("gamma", "beta")]
+        if all(field is not None and field[0, 0].numel() == len(tokens) for field in fields):
+            gamma, beta = (field[0].flatten(1).T.float() for field in fields if field is not None)
+            terms += [(tokens.float() * (1 + gamma)).abs(), beta.abs()]
+        return torch.stack(terms).amax(0)
 
     def _train(self) -> None:
         """The whole model on a question with its answer, with and without anchors."""
@@ -101,7 +116,8 @@ class _Cases:
         grids = [grid for _, grid in cut]
         ids = [writer.ids(str(q["question"]), grid) for q, grid in zip(asked, grids, strict=True)]
         self.comparison.ids("infer.input_ids", ids[0].tolist(), self.inputs["infer.input_ids"][0].tolist())
-        anchors = Anchors.of([load_anchors(self.folder / "example" / str(q["aef"])) for q in asked], 64)
+        known = [load_anchors(self.folder / "example" / str(q["aef"])) if q.get("aef") else None for q in asked]
+        anchors = Anchors.of(known, 64)
         tokens = self.model.encode(torch.cat([patches for patches, _ in cut]), grids, anchors)
         prompt = self.model.prompt(ids, [[pair] for pair in zip(tokens, grids, strict=True)])
         steps = self.recorded["gen.new_ids"].shape[1]
