@@ -93,13 +93,14 @@ class Pair:
                 sizes differ, or they do not overlap.
         """
         warnings = [*_modality_warnings(before, after), *_place_warnings(before, after)]
-        share = float(_inside(after, _to_after(before, after, _grid_points(before))).mean())
+        share = _overlap_share(before, after)
         if share == 0:
             raise PairError(
                 f"The images do not overlap: {_extent(before)}; {_extent(after)}. Give two images of the same place."
             )
         if share < 1:
-            warnings.append(f"Only {share:.1%} of the earlier image is covered by the later one; the rest is left out.")
+            told = f"{share:.1%}" if share >= 0.001 else f"{100 * share:.1g}%"
+            warnings.append(f"Only {told} of the earlier image is covered by the later one; the rest is left out.")
         return cls(before, after, share, tuple(warnings))
 
     @contextmanager
@@ -345,9 +346,22 @@ def _inside(scene: Scene, positions: np.ndarray) -> np.ndarray:
     return (x >= 0) & (y >= 0) & (x <= scene.width) & (y <= scene.height)
 
 
-def _grid_points(scene: Scene) -> np.ndarray:
-    x = (np.arange(_OVERLAP_SIDE) + 0.5) * (scene.width / _OVERLAP_SIDE)
-    y = (np.arange(_OVERLAP_SIDE) + 0.5) * (scene.height / _OVERLAP_SIDE)
+def _overlap_share(before: Scene, after: Scene) -> float:
+    """The share of `before` that `after` covers, by samples from where it may lie."""
+    low, high = np.zeros(2), np.array([before.width, before.height], float)
+    outer = np.linspace(0, 1, _OVERLAP_SIDE)
+    reach = _to_after(after, before, _grid(outer, outer) * [after.width, after.height])
+    if np.isfinite(reach).all():  # else some of it may lie anywhere
+        # A pixel more, so that rounding leaves nothing out.
+        low, high = (np.clip(corner, low, high) for corner in (reach.min(axis=0) - 1, reach.max(axis=0) + 1))
+    inner = (np.arange(_OVERLAP_SIDE) + 0.5) / _OVERLAP_SIDE
+    samples = low + _grid(inner, inner) * (high - low)
+    part = float(np.prod(high - low)) / (before.width * before.height)
+    return part * float(_inside(after, _to_after(before, after, samples)).mean())
+
+
+def _grid(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """All pairs of an x and a y, [N, 2]."""
     return np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
 
 

@@ -57,6 +57,26 @@ def test_equal_grids_are_read_exactly(tmp_path: Path) -> None:
     assert pixels.valid.all()
 
 
+@pytest.mark.parametrize(("x", "y"), [(1003, 7), (2996, 2996), (1500, 1500)])
+def test_a_small_later_image_is_found_wherever_it_lies_in_a_large_earlier_one(tmp_path: Path, x: int, y: int) -> None:
+    before = opened(placed(tmp_path / "before.tif", np.full((3, 3000, 3000), 90, "uint8"), compress="deflate"))
+    after = opened(placed(tmp_path / "after.tif", noise(3, 8, 8), UTM * Affine.translation(x, y)))
+    pair = Pair.of(before, after)
+    covered = min(8, 3000 - x) * min(8, 3000 - y)
+    assert pair.overlap_share == pytest.approx(covered / 3000**2, rel=0.02)
+    assert any("0.0007%" in warning or "0.0002%" in warning for warning in pair.warnings)
+    assert read(pair, (x, y, min(x + 8, 3000), min(y + 8, 3000))).valid.all()
+    assert Pair.of(after, before).overlap_share == pytest.approx(covered / 64, abs=0.01)
+
+
+def test_images_that_share_an_edge_and_nothing_more_do_not_overlap(tmp_path: Path) -> None:
+    before = opened(placed(tmp_path / "before.tif", noise(3, 60, 80)))
+    for x, y in ((80, 0), (0, 60), (-80, 0), (80, 60), (0, -60)):
+        after = opened(placed(tmp_path / f"after{x}{y}.tif", noise(3, 60, 80), UTM * Affine.translation(x, y)))
+        with pytest.raises(PairError, match="do not overlap"):
+            Pair.of(before, after)
+
+
 def test_a_shifted_image_comes_to_lie_on_the_earlier_ones_grid_and_the_rest_is_invalid(tmp_path: Path) -> None:
     values = noise(3, 60, 80)
     before = opened(placed(tmp_path / "a.tif", values))
