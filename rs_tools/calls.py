@@ -73,8 +73,15 @@ class Call:
 
     @property
     def gsd_m(self) -> float | None:
-        """Metres per pixel of the scene, or None where they are unknown."""
-        return scene_gsd_m(self.scene)
+        """Metres per pixel in the middle of the region, or None where they are unknown."""
+        return gsd_m_of(self.scene, self.region)
+
+    @property
+    def across_m(self) -> float | None:
+        """Metres that a pixel there is wide, which need not be as many as it is high; None where they are unknown."""
+        place = self.scene.georeference
+        sides = place.pixel_m(self.region) if place else None
+        return sides[0] if sides else None
 
     @property
     def tile_gsd_m(self) -> float | None:
@@ -96,10 +103,10 @@ class Output:
     preview: bool = False
 
 
-def scene_gsd_m(scene: Scene) -> float | None:
-    """Metres per pixel at the scene's centre; None where they are unknown or are none."""
+def gsd_m_of(scene: Scene, region: Region) -> float | None:
+    """Metres per pixel in the middle of a region; None where they are unknown or are none."""
     place = scene.georeference
-    gsd_m = place.gsd_m(scene.width, scene.height) if place else None
+    gsd_m = place.gsd_m(region) if place else None
     return gsd_m if gsd_m and math.isfinite(gsd_m) else None
 
 

@@ -97,7 +97,7 @@ def written(call: Call, output: Output, query: str, found: Found, result: Ground
     if output.preview:
         marked = [Marked(query, float(s), b.tolist()) for s, b in zip(found.scores, found.boxes, strict=True)]
         rgb = call.scene.read(call.region, picture_size(call)).rgb
-        files.append(output.store.preview(render(rgb, call.region, marked, gsd_m=call.gsd_m)))
+        files.append(output.store.preview(render(rgb, call.region, marked, across_m=call.across_m)))
     return files
 
 

@@ -22,7 +22,8 @@ _NOT_FINITE: dict[str, Literal["nan", "inf", "-inf"]] = {"nan": "nan", "inf": "i
 def inspection(scene: Scene, started: float) -> InspectResult:
     """Everything `inspect_image` tells of a scene."""
     georeference = scene.georeference
-    area_m2 = georeference.area_m2(scene.region([])) if georeference else None
+    whole = scene.region([])
+    area_m2 = georeference.area_m2(whole) if georeference else None
     nodata = scene.nodata
     return InspectResult(
         width=scene.width,
@@ -34,7 +35,7 @@ def inspection(scene: Scene, started: float) -> InspectResult:
         crs_wkt=scene.crs_wkt,
         epsg=georeference.epsg if georeference else None,
         bounds_wgs84=georeference.bounds(scene.width, scene.height) if georeference else None,
-        gsd_m=georeference.gsd_m(scene.width, scene.height) if georeference else None,
+        gsd_m=georeference.gsd_m(whole) if georeference else None,
         area_km2=None if area_m2 is None else area_m2 / 1e6,
         modality=scene.modality,
         modality_reason=scene.modality_reason,

@@ -263,7 +263,7 @@ def picture(call: Call, output: Output, mask: Artifact, classes: Sequence[str]) 
         with call.pair.reader() as read:
             rgb = read(call.region, size).after.rgb
     names = dict(enumerate(classes, 1))
-    return output.store.preview(render(rgb, call.region, mask=small, classes=names, gsd_m=call.gsd_m))
+    return output.store.preview(render(rgb, call.region, mask=small, classes=names, across_m=call.across_m))
 
 
 def figures(painter: Painter, value: int) -> tuple[int, float, float | None]:

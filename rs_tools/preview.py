@@ -58,7 +58,7 @@ def render(
     objects: Sequence[Marked] = (),
     mask: np.ndarray | None = None,
     classes: Mapping[int, str] | None = None,
-    gsd_m: float | None = None,
+    across_m: float | None = None,
 ) -> bytes:
     """A PNG of at most `MAX_BYTES`.
 
@@ -68,7 +68,7 @@ def render(
         objects: outlined, and labelled as far as labels find room.
         mask: uint8 [h, w] over the same region at any scale; 0 and 255 stay clear.
         classes: mask value -> name, for the legend.
-        gsd_m: metres per scene pixel; None draws no scale bar.
+        across_m: metres that a scene pixel is wide; None draws no scale bar.
     """
     picture = Image.fromarray(rgb)
     png = b""
@@ -77,7 +77,7 @@ def render(
         if scale > 1 and side > 256:  # never enlarged beyond what shows labels well
             scale = max(1.0, 256 / max(picture.size))
         size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-        sheet = _sheet(picture, size, region, objects, mask, classes or {}, gsd_m)
+        sheet = _sheet(picture, size, region, objects, mask, classes or {}, across_m)
         png = _encoded(sheet, colors)
         if len(png) <= MAX_BYTES:
             break
@@ -91,7 +91,7 @@ def _sheet(
     objects: Sequence[Marked],
     mask: np.ndarray | None,
     classes: Mapping[int, str],
-    gsd_m: float | None,
+    across_m: float | None,
 ) -> Image.Image:
     image = picture.resize(size, Image.Resampling.LANCZOS if size[0] < picture.width else Image.Resampling.BICUBIC)
     entries = []
@@ -108,7 +108,7 @@ def _sheet(
     entries += [(colors[label], f"{label} ({count})") for label, count in counts.most_common()]
     frame = TileFrame(region, size)
     _draw_objects(image, frame, objects, colors)
-    return _with_footer(image, entries, None if gsd_m is None else gsd_m * float(frame.scale[0]))
+    return _with_footer(image, entries, None if across_m is None else across_m * float(frame.scale[0]))
 
 
 def _tinted(image: Image.Image, mask: np.ndarray) -> Image.Image:

@@ -112,18 +112,22 @@ class Georeference:
         east, north = _to_wgs84(self.crs_wkt).transform(lonlat[:, 0], lonlat[:, 1], direction="INVERSE")
         return _solved(self.transform, np.stack([east, north], axis=1))
 
-    def gsd_m(self, width: int, height: int) -> float | None:
-        """Metres per pixel at the raster's centre: geometric mean of the geodesic steps along columns and rows.
+    def gsd_m(self, region: Sequence[int]) -> float | None:
+        """Metres per pixel in the middle of [x1, y1, x2, y2]: geometric mean of the two of `pixel_m`."""
+        sides = self.pixel_m(region)
+        return None if sides is None else float(np.sqrt(sides[0] * sides[1]))
 
-        None where a pixel there reaches beyond what the projection shows.
+    def pixel_m(self, region: Sequence[int]) -> tuple[float, float] | None:
+        """Metres across and down the pixel in the middle of [x1, y1, x2, y2], along geodesics.
+
+        None where it reaches beyond what the projection shows.
         """
-        x, y = width / 2, height / 2
+        x1, y1, x2, y2 = region
+        x, y = (x1 + x2) / 2, (y1 + y2) / 2
         steps = self.lonlat(np.array([[x - 0.5, y], [x + 0.5, y], [x, y - 0.5], [x, y + 0.5]]))
         if not np.isfinite(steps).all():
             return None
-        across = _GEOD.inv(*steps[0], *steps[1])[2]
-        down = _GEOD.inv(*steps[2], *steps[3])[2]
-        return float(np.sqrt(across * down))
+        return _GEOD.inv(*steps[0], *steps[1])[2], _GEOD.inv(*steps[2], *steps[3])[2]
 
     def ring(self, region: Sequence[float]) -> list[list[float]] | None:
         """The outline of [x1, y1, x2, y2] as one closed, counterclockwise ring of [lon, lat]; see `rings`."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from affine import Affine
 from planted import BOX_THRESHOLD, NOT_KNOWN, PLACED, RED, PlantedModel, over, painted
+from pyproj import Geod
 from rasterio.warp import transform
 from rasters import UTM, ScriptedClient, size, write
 
@@ -40,6 +41,19 @@ def collection(result: GroundResult) -> dict[str, Any]:
 
 def boxes(result: GroundResult) -> list[tuple[float, ...]]:
     return sorted(tuple(one.bbox_px) for one in result.objects)
+
+
+async def test_the_scale_bar_of_a_picture_goes_by_the_width_of_pixels(
+    tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 60 degrees north a pixel of equal degrees is half as wide as high."""
+    drawn: list[float] = []
+    monkeypatch.setattr("rs_tools.preview._scale_bar", lambda width, metres: drawn.append(metres))
+    north = {**PLACED, "crs": "EPSG:4326", "transform": Affine(0.001, 0, 10, 0, -0.001, 60.05)}
+    write(tmp_path / "images" / "north.tif", painted(100, 200), **north)
+    await tools.ground("north.tif", "ship", preview=True)
+    enlarged = 256 / 200
+    assert drawn[0] == pytest.approx(Geod(ellps="WGS84").inv(10, 60, 10.001, 60)[2] / enlarged, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import shapely
 from affine import Affine
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyproj import CRS, Transformer
+from pyproj import CRS, Geod, Transformer
 
 from rs_tools.geometry.measures import Georeference, MaskTotals, TileFrame, geodesic_area_m2
 from rs_tools.geometry.vectors import Shape, measured, placed
@@ -116,12 +116,24 @@ def test_a_curved_edge_reaches_further_than_its_corners() -> None:
 def test_pixels_of_web_mercator_shrink_towards_the_poles() -> None:
     at_60_north = 8_399_737.89
     place = georeference(3857, Affine(10, 0, 0, 0, -10, at_60_north + 400))
-    assert place.gsd_m(100, 80) == pytest.approx(5.0, rel=0.01)
+    assert place.gsd_m((0, 0, 100, 80)) == pytest.approx(5.0, rel=0.01)
+
+
+def test_a_pixel_is_as_wide_and_as_high_as_where_it_lies() -> None:
+    """A tenth of a degree at 65 and at 10 degrees north, against steps along the ellipsoid."""
+    place = georeference(4326, Affine(0.1, 0, -180, 0, -0.1, 90))
+    for lat in (65, 10):
+        row = (90 - lat) * 10
+        across = Geod(ellps="WGS84").inv(0, lat, 0.1, lat)[2]
+        down = Geod(ellps="WGS84").inv(0, lat - 0.05, 0, lat + 0.05)[2]
+        region = (100, row - 50, 201, row + 50)
+        assert place.pixel_m(region) == pytest.approx((across, down), rel=1e-6)
+        assert place.gsd_m(region) == pytest.approx((across * down) ** 0.5, rel=1e-6)
 
 
 def test_degrees_become_metres() -> None:
     place = georeference(4326, Affine(0.001, 0, 10, 0, -0.001, 0.04))
-    assert place.gsd_m(100, 80) == pytest.approx(111.0, rel=0.01)
+    assert place.gsd_m((0, 0, 100, 80)) == pytest.approx(111.0, rel=0.01)
 
 
 def test_bounds_across_the_antimeridian_have_west_greater_than_east_and_the_ring_stays_in_one_piece() -> None:
@@ -159,7 +171,7 @@ ROTATED_POLE = "+proj=ob_tran +o_proj=longlat +o_lat_p=39.25 +o_lon_p=0 +lon_0=1
 
 def test_feet_become_metres() -> None:
     place = georeference(2263, Affine(2, 0, 980_000, 0, -2, 200_000))  # New York, US survey feet
-    assert place.gsd_m(100, 80) == pytest.approx(2 * FEET, rel=1e-3)
+    assert place.gsd_m((0, 0, 100, 80)) == pytest.approx(2 * FEET, rel=1e-3)
 
 
 def test_a_projection_without_a_code_places_and_measures() -> None:
@@ -167,7 +179,7 @@ def test_a_projection_without_a_code_places_and_measures() -> None:
     place = Georeference.of(wkt, Affine(0.02, 0, -5, 0, -0.02, 5), 100, 80)
     assert place is not None
     assert place.epsg is None
-    assert place.gsd_m(100, 80) == pytest.approx(0.02 * 111_200, rel=0.01)
+    assert place.gsd_m((0, 0, 100, 80)) == pytest.approx(0.02 * 111_200, rel=0.01)
 
 
 def test_a_local_grid_has_no_place_on_earth() -> None:

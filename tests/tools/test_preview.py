@@ -33,7 +33,7 @@ def test_noise_under_a_crowd_stays_below_the_limit(size: tuple[int, int]) -> Non
     rgb = random.integers(0, 256, (height, width, 3)).astype(np.uint8)
     mask = random.choice(np.array([0, 1, 2, 9, 255], np.uint8), (height, width))
     names = {value: f"class number {value} with a long name" for value in range(1, 30)}
-    png = render(rgb, (0, 0, width, height), crowd(300, width, height), mask, names, gsd_m=0.3)
+    png = render(rgb, (0, 0, width, height), crowd(300, width, height), mask, names, across_m=0.3)
     assert len(png) <= MAX_BYTES
     assert Image.open(io.BytesIO(png)).format == "PNG"
 
@@ -69,7 +69,7 @@ def test_a_mask_tints_its_pixels_only_and_nodata_stays_clear() -> None:
 
 def test_the_scale_bar_is_as_long_as_it_says() -> None:
     rgb = np.full((512, 512, 3), 128, np.uint8)
-    pixels = seen(render(rgb, (0, 0, 512, 512), gsd_m=1.0))
+    pixels = seen(render(rgb, (0, 0, 512, 512), across_m=1.0))
     picture = pixels.shape[1]
     footer = close(pixels[picture:], (245, 245, 245), 30)
     longest = footer.sum(axis=1).max()

@@ -71,7 +71,7 @@ def test_polygons_and_pixels_of_an_object_cover_the_same_ground(place: str, tmp_
         Feature(polygon, {"value": shape.value, "pixels": shape.pixels, "area_m2": shape.area_m2})
         for shape, polygon in zip(shapes, polygons, strict=True)
     ]
-    vectors = store.vectors(features, Provenance(), gsd_m=georeference.gsd_m(WIDTH, HEIGHT))
+    vectors = store.vectors(features, Provenance(), gsd_m=georeference.gsd_m((0, 0, WIDTH, HEIGHT)))
 
     found = json.loads(Path(vectors.path).read_text())["features"]
     assert sorted(one["properties"]["value"] for one in found) == [1, 1, 2]
