@@ -8,9 +8,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from rs_tools.calls import Call, scene_gsd_m
+from rs_tools.calls import Call, gsd_m_of
 from rs_tools.imagery.access import AccessPolicy, Source, Stamp, stamp_of
 from rs_tools.imagery.alignment import Pair
+from rs_tools.imagery.beside import states_beside
 from rs_tools.imagery.scene import Region, Scene
 from rs_tools.imagery.tiling import Looks, look_densely
 
@@ -29,12 +30,12 @@ class Scenes:
 
     def __init__(self, policy: AccessPolicy) -> None:
         self._policy = policy
-        self._kept: OrderedDict[tuple[Source, Stamp, tuple[int, ...]], Scene] = OrderedDict()
+        self._kept: OrderedDict[tuple[Source, Stamp, tuple, tuple[int, ...]], Scene] = OrderedDict()
 
     def scene(self, image: str, bands: Sequence[int]) -> Scene:
-        """The scene of an image, kept while its file stays the same. Failures are not kept."""
+        """The scene of an image, kept while its file and those beside it stay the same. Failures are not kept."""
         source = self._policy.resolve(image)
-        key = (source, stamp_of(source), tuple(bands))
+        key = (source, stamp_of(source), states_beside(source), tuple(bands))
         scene = self._kept.pop(key, None) or Scene.open(self._policy, str(source), bands)
         self._kept[key] = scene  # now the most recently used
         while len(self._kept) > _KEPT:
@@ -54,7 +55,8 @@ class Scenes:
 
         def planned() -> Call:
             scene = self.scene(image, bands)
-            looks = plan(scene.region(region), scene_gsd_m(scene))
+            checked = scene.region(region)
+            looks = plan(checked, gsd_m_of(scene, checked))
             return Call(
                 scene, looks, started, dense=plan is look_densely, known=self._known(embeddings, scene, region)
             )
@@ -71,7 +73,8 @@ class Scenes:
 
         def planned() -> Call:
             earlier = self.scene(before, bands)
-            looks = look_densely(earlier.region(region), scene_gsd_m(earlier))
+            checked = earlier.region(region)
+            looks = look_densely(checked, gsd_m_of(earlier, checked))
             return Call(earlier, looks, started, Pair.of(earlier, self.scene(after, bands)), dense=True)
 
         return await asyncio.to_thread(planned)

@@ -17,6 +17,7 @@ from affine import Affine
 
 from rs_tools.errors import AccessError, ImageError
 from rs_tools.imagery.access import AccessPolicy, Source
+from rs_tools.imagery.formats import SIDECARS
 
 MAX_WORLD_BYTES = 1024
 _NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -63,6 +64,22 @@ def look_beside(policy: AccessPolicy, source: Source) -> Beside:
         except ValueError as error:
             refused.append(f"{path.name} beside the image is not used: {error}.")
     return Beside(None, "", tuple(refused), rational, projection)
+
+
+def states_beside(source: Source) -> tuple[tuple[str, int, int], ...]:
+    """Name, time of change and size of each file beside an image that says something of it."""
+    if not isinstance(source, Path):
+        return ()
+    read = (source.with_name(source.name + ending) for ending in SIDECARS)
+    told = _beside(source, [*_RATIONAL, ".prj", *_endings(source)])
+    found = []
+    for path in (*read, *told):
+        try:
+            status = path.lstat()
+        except OSError:  # there is none
+            continue
+        found.append((path.name, status.st_mtime_ns, status.st_size))
+    return tuple(found)
 
 
 def parse_world(text: bytes) -> Affine:

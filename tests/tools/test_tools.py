@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pyproj import Geod
 from rasterio.io import DatasetReader
+from rasterio.transform import Affine
 from rasters import BUNDLED, UTM, ScriptedClient, noise, scripted_answer, write
 
 from model_server.protocol import MAX_LABEL_LENGTH, MAX_LABELS, MAX_TEXT, PerceiveRequest, PerceiveResponse
@@ -89,6 +91,32 @@ async def test_a_caption_is_the_models_sentence(tools: Tools, client: ScriptedCl
     assert (answer.caption, answer.confidence, answer.parts) == ("A river.", 0.7, [])
     assert [(request.task, request.detail) for request in client.requests] == [("caption", "full")]
     assert client.requests[0].gsd_m == pytest.approx(10, rel=0.01)
+
+
+async def test_the_model_is_told_the_pixel_size_of_the_region_and_not_of_the_whole_image(
+    tools: Tools, client: ScriptedClient, tmp_path: Path
+) -> None:
+    world = Affine(0.5, 0, -180, 0, -0.5, 90)
+    write(tmp_path / "world.tif", noise(3, 360, 720), photometric="RGB", crs="EPSG:4326", transform=world)
+    await tools.caption("world.tif", region=[300, 40, 380, 60])  # about 65 degrees north
+    across = Geod(ellps="WGS84").inv(0, 65, 0.5, 65)[2]
+    down = Geod(ellps="WGS84").inv(0, 64.75, 0, 65.25)[2]
+    assert client.requests[0].gsd_m == pytest.approx((across * down) ** 0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("beside", ["a.pgw", "a.png.aux.xml"])
+async def test_what_is_put_beside_an_image_counts_from_the_next_call_on(
+    tools: Tools, tmp_path: Path, beside: str
+) -> None:
+    """A warning says that a place is missing; the user gives one, as GDAL does beside a PNG."""
+    write(tmp_path / "a.png", noise(3, 20, 30), driver="PNG")
+    assert (await tools.inspect_image("a.png")).provenance.placement == ""
+    world = "10\n0\n0\n-10\n400000\n5000000\n"
+    transform = "<PAMDataset><GeoTransform>400000, 10, 0, 5000000, 0, -10</GeoTransform></PAMDataset>"
+    (tmp_path / beside).write_text(world if beside.endswith("pgw") else transform)
+    answer = await tools.caption("a.png")
+    assert any("only a grid" in warning for warning in answer.warnings)
+    assert answer.provenance.placement != ""
 
 
 async def test_an_answer_to_a_question_names_its_alternatives_and_where_it_looked(
