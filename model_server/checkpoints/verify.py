@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from model_server.checkpoints.adapters import find_family
@@ -20,6 +21,7 @@ from model_server.model.attention import Backend, attention_backend
 
 TOLERANCE = 1e-4
 IDS = "ids"
+KINDS = ("features", "embeddings", "logits", IDS)  # of a checkpoint none of these may go without a comparison
 TEXT_CASES = "text_cases.json"
 
 
@@ -33,22 +35,28 @@ class Comparison:
     seen: set[str] = field(default_factory=set)
     recorded: set[str] = field(default_factory=set)
     exact: set[str] = field(default_factory=set)  # kinds that are equal or not
+    wanted: Sequence[str] = ()  # kinds without which it has not passed
 
     def expect(self, names: Iterable[str]) -> None:
         """Name recorded results, so that it can be said which of them nothing was compared with."""
         self.recorded |= set(names)
 
     def tensor(self, kind: str, name: str, ours: Tensor, recorded: Tensor) -> None:
-        """The largest absolute difference; infinite for another shape or where only one of the two is finite."""
+        """The largest absolute difference; infinite for another shape or where either is not finite. Where both are
+        empty nothing is compared."""
         difference = math.inf
         if ours.shape == recorded.shape:
             gap = (ours.double() - recorded.double()).abs()
-            difference = float(gap.max()) if gap.numel() else 0.0
+            if not gap.numel():
+                return
+            difference = float(gap.max())
         self._add(kind, name, math.inf if math.isnan(difference) else difference)
 
     def ids(self, name: str, ours: Iterable[int], recorded: Iterable[int]) -> None:
-        """Token ids: all the same, or not."""
-        self.same(IDS, name, list(ours), list(recorded))
+        """Token ids: all the same, or not. Where there are none on either side nothing is compared."""
+        found, expected = list(ours), list(recorded)
+        if found or expected:
+            self.same(IDS, name, found, expected)
 
     def same(self, kind: str, name: str, ours: object, recorded: object) -> None:
         """Equal, or not."""
@@ -66,9 +74,15 @@ class Comparison:
         return sorted(self.recorded - self.seen)
 
     @property
+    def absent(self) -> list[str]:
+        """Wanted kinds of which nothing was compared."""
+        return [kind for kind in self.wanted if kind not in self.counts]
+
+    @property
     def passed(self) -> bool:
-        """Something was compared, and all of it agrees."""
-        return bool(self.worst) and all(value <= TOLERANCE for value, _ in self.worst.values())
+        """Something was compared, of each wanted kind, and all of it agrees."""
+        agrees = all(value <= TOLERANCE for value, _ in self.worst.values())
+        return bool(self.worst) and not self.absent and agrees
 
 
 @dataclass(frozen=True)
@@ -99,16 +113,22 @@ def verify(folder: Path) -> Verification:
     recorded = f"model_server.checkpoints.recorded.{name}"
     if importlib.util.find_spec(recorded) is None:
         raise WeightsError(f"{folder} is a checkpoint of {name}, for which nothing is recorded to compare with")
-    comparison = Comparison()
+    comparison = Comparison(wanted=KINDS)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.no_grad(), attention_backend(Backend.MATH):
             compare = importlib.import_module(recorded).compare
             report = compare(folder, checkpoint, comparison)
+    except (KeyError, OSError, SafetensorError) as error:
+        raise WeightsError(f"what is recorded in {folder} is not whole: {_said(error)}") from error
     finally:
         torch.set_num_threads(threads)
     return Verification(name, checkpoint, report, comparison)
+
+
+def _said(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
 
 
 def _verify_text(folder: Path) -> Verification:
@@ -130,6 +150,8 @@ def lines(found: Verification) -> list[str]:
     for kind, (value, where) in comparison.worst.items():
         said = ("all the same" if value == 0 else "different") if kind in comparison.exact else f"{value:.1e}"
         out.append(f"  {kind:<12} {comparison.counts[kind]:>4} compared   largest difference {said}   ({where})")
+    if comparison.absent:
+        out.append(f"nothing was compared of: {', '.join(comparison.absent)}")
     if comparison.left_out:
         out.append(f"recorded but not compared: {', '.join(comparison.left_out)}")
     out.append(f"{'passed' if comparison.passed else 'FAILED'} at a tolerance of {TOLERANCE:g}")

@@ -42,7 +42,7 @@ def open_checkpoint(folder: Path, device: str, dtype: torch.dtype) -> Opened:
     model, _ = fusar.load(folder, device=device, dtype=dtype, base=base)
     side, raw = model.config.image_size, read_json(base / "config.json")
     context = {**raw, **raw.get("text_config", {})}.get("max_position_embeddings", 32768)
-    writer = PromptWriter(said_by, model.config)
+    writer = PromptWriter(said_by, model.config).squares()
     speaker = QwenSpeaker(model, words, writer, lambda width, height: (side, side), context)
     return Opened(FusarDialect(side), speaker, (folder, base))
 

@@ -135,16 +135,3 @@ def _side(value: object, path: Path) -> int:
     if not isinstance(value, int) or value < 1:
         raise UnsupportedLayout(f"{path} has no size in pixels that can be read; it is {value!r}")
     return value
-
-
-def native_size(width: int, height: int, unit: int, least: int, most: int) -> tuple[int, int]:
-    """The size (width, height) at which Qwen-VL looks: multiples of `unit`, `least` to `most` pixels in all, the shape
-    kept as far as that allows."""
-    w, h = (max(round(side / unit), 1) * unit for side in (width, height))
-    if w * h > most:
-        beta = math.sqrt(width * height / most)
-        w, h = (max(unit, math.floor(side / beta / unit) * unit) for side in (width, height))
-    elif w * h < least:
-        beta = math.sqrt(least / (width * height))
-        w, h = (math.ceil(side * beta / unit) * unit for side in (width, height))
-    return w, h

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from model_server.checkpoints.adapters.fusar_inputs import native_size
 from model_server.checkpoints.published import UnsupportedLayout
 from model_server.families import rsunivlm
 from model_server.families.asking import Ask
 from model_server.families.llava_speaker import LlavaSpeaker
-from model_server.families.pictures import Processing, clip_processing, native_size
+from model_server.families.pictures import Processing, clip_processing
 from model_server.families.seen import SeenPictures, Shown
 from model_server.families.speaking import greedy, weigh
 from model_server.families.words import NoTokenizer, Words

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model_server.checkpoints.published import read_json
+from model_server.checkpoints.published import UnsupportedLayout, read_json, require
 from model_server.checkpoints.store import WeightsError
-from model_server.model.config import QwenVLConfig
+from model_server.model.config import QwenVisionConfig, QwenVLConfig
 
 WIDTH = 64
+PICTURES = "preprocessor_config.json"
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+LEAST, MOST = 56 * 56, 1280 * 28 * 28  # pixels, where a checkpoint names no limits
 _PLACES = ("lon", "lat", "row", "col", "x", "y")
 _PLACEHOLDER = "<|image_pad|>"
 
@@ -106,11 +110,44 @@ def _chat_template(folder: Path) -> str:
     raise WeightsError(f"{path} is missing, and no JSON file in {folder} holds a chat_template")
 
 
+def _processing(raw: Mapping[str, Any], v: QwenVisionConfig) -> tuple[Sequence[float], Sequence[float], int, int]:
+    """Mean, deviation, and the least and most pixels of a picture, of a preprocessor_config.json, newer or older.
+
+    Raises:
+        UnsupportedLayout: it asks for other steps than resizing, scaling by 1 / 255 and normalising, or other patches.
+    """
+    for step in ("do_resize", "do_rescale", "do_normalize"):
+        require(raw, step, [True, None], PICTURES)
+    for key, ours in (("patch_size", v.patch), ("temporal_patch_size", v.frames), ("merge_size", v.merge)):
+        require(raw, key, [ours], PICTURES)
+    require(raw, "resample", [Image.Resampling.BICUBIC], PICTURES)
+    if abs(raw.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+        raise UnsupportedLayout(f"{PICTURES} has rescale_factor = {raw['rescale_factor']}; supported is 1 / 255")
+    sides = raw.get("size") or {}
+    least = raw.get("min_pixels") or sides.get("shortest_edge") or LEAST
+    most = raw.get("max_pixels") or sides.get("longest_edge") or MOST
+    return raw.get("image_mean") or CLIP_MEAN, raw.get("image_std") or CLIP_STD, least, most
+
+
+def native_size(width: int, height: int, unit: int, least: int, most: int) -> tuple[int, int]:
+    """The size (width, height) at which Qwen-VL looks: multiples of `unit`, `least` to `most` pixels in all, the shape
+    kept as far as that allows."""
+    w, h = (max(round(side / unit), 1) * unit for side in (width, height))
+    if w * h > most:
+        beta = math.sqrt(width * height / most)
+        w, h = (max(unit, math.floor(side / beta / unit) * unit) for side in (width, height))
+    elif w * h < least:
+        beta = math.sqrt(least / (width * height))
+        w, h = (math.ceil(side * beta / unit) * unit for side in (width, height))
+    return w, h
+
+
 class PromptWriter:
-    """Questions to token ids, by the chat template and tokenizer of an adapter's (or base's) folder."""
+    """Questions to token ids, by the chat template and tokenizer of an adapter's (or base's) folder. `mean`, `std`,
+    `least` and `most` (pixels) are what that folder says of pictures."""
 
     def __init__(self, folder: Path, config: QwenVLConfig) -> None:
-        """Raises WeightsError where the tokenizer or the template is missing."""
+        """Raises WeightsError where the tokenizer or the template is missing, or pictures are processed otherwise."""
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         tokenizer = folder / "tokenizer.json"
@@ -120,8 +157,23 @@ class PromptWriter:
         self._template = environment.from_string(_chat_template(folder))
         self.tokenizer = Tokenizer.from_file(str(tokenizer))
         self._config = config
-        picture: dict[str, Any] = read_json(folder / "preprocessor_config.json")
-        self.mean, self.std = picture["image_mean"], picture["image_std"]
+        picture = read_json(folder / PICTURES)
+        self.mean, self.std, self.least, self.most = _processing(picture, config.vision)
+
+    def squares(self) -> PromptWriter:
+        """This writer, for pictures that are squashed to the config's square.
+
+        Raises:
+            UnsupportedLayout: the limits of the folder would have that square resized once more.
+        """
+        side, unit = self._config.image_size, self._config.vision.patch * self._config.vision.merge
+        seen = native_size(side, side, unit, self.least, self.most)
+        if seen != (side, side):
+            raise UnsupportedLayout(
+                f"{PICTURES} admits {self.least} to {self.most} pixels: a picture squashed to {side} x {side} would be "
+                f"resized to {seen[0]} x {seen[1]}; set min_pixels and max_pixels around {side * side}"
+            )
+        return self
 
     def ids(self, question: str, grid: tuple[int, int]) -> Tensor:
         """int [T], the answer to follow: the image first, wherever `<image>` stands in the question, then the text."""

@@ -108,7 +108,7 @@ class _Cases:
         self.comparison.cases.append("gen")
         asked = _lines(self.folder / "example" / "train.jsonl")
         answers = _lines(self.folder / "predictions.jsonl")
-        writer = PromptWriter(fusar.adapter_folder(self.folder), self.model.config)
+        writer = PromptWriter(fusar.adapter_folder(self.folder), self.model.config).squares()
         cut = []
         for question in asked:
             with Image.open(self.folder / "example" / str(question["image"])) as image:

@@ -57,7 +57,7 @@ class _Cases:
         """Encode an input's images and embed its prompt, comparing on the way."""
         model, _ = self.load(json.dumps(about.get("config_overrides") or {}))
         images = [self._image(f"in/{name}/image{i}") for i in range(about["n_images"])]
-        sizes = [tuple(size) for size in about.get("image_sizes") or ()] or None
+        sizes = [self._size(f"in/{name}/image{i}") for i in range(about["n_images"])]
         if images:
             feature = model.config.feature
             tower = model.tower(torch.cat(images), (feature,))[feature]
@@ -72,6 +72,13 @@ class _Cases:
     def _image(self, name: str) -> Tensor:
         image = self.recorded[name]
         return image if image.ndim == 4 else image[None]  # tiles of one image, or one tile
+
+    def _size(self, name: str) -> tuple[int, int] | None:
+        """(width, height) of an image before it was cut into tiles, where that is recorded."""
+        _, source, image = name.split("/")
+        sizes = self.index["inputs"][source].get("image_sizes") or {}
+        size = sizes[int(image.removeprefix("image"))] if sizes else None
+        return None if size is None else (int(size[0]), int(size[1]))
 
     def _case(self, case: Mapping[str, Any], model: LlavaVLM, prompt: Prompt) -> None:
         name, expert = f"out/{case['name']}", _expert(case["granularity"])
@@ -101,11 +108,15 @@ class _Cases:
         model, _ = self.load("{}")
         masks = torch.tensor(batch["attention_mask"]).bool()
         rows = [torch.tensor(ids)[mask] for ids, mask in zip(batch["input_ids"], masks, strict=True)]
-        encoded = iter(model.encode([self._image(name) for name in batch["images"]]))
+        shown = batch["images"]
+        encoded = iter(model.encode([self._image(name) for name in shown], [self._size(name) for name in shown]))
         images: list[Sequence[ImageTokens]] = [[next(encoded) for _ in range(int((r == IMAGE).sum()))] for r in rows]
         prompt = model.prompt(rows, images)
         self.comparison.ids("batch/merged_lengths", prompt.real.sum(1).tolist(), batch["merged_lengths"])
-        self._same("embeddings", "batch/attention_mask_merged", prompt.real.long())
+        real = prompt.real.long()
+        if read_json(self.checkpoint / "config.json").get("tokenizer_padding_side") == "left":
+            real = real.flip(1)  # padding is always on the right here; results at real places are the same
+        self._same("embeddings", "batch/attention_mask_merged", real)
         expert = _expert(batch["granularity"]).repeat(len(rows))
         logits, _ = model.prefill(prompt, expert, 0)
         self._same("logits", "batch/logits_last_valid", logits)
