@@ -7,6 +7,7 @@ A phrase is a counter-example on an image only where that set would have labelle
 from __future__ import annotations
 
 from model_server.text.concepts import CONCEPTS, DISTRACTORS, Concept
+from model_server.text.questions import askable_labels
 from model_server.training.records import Record
 
 __all__ = [
@@ -79,8 +80,8 @@ ABSENT_IN_SCENE: dict[str, tuple[str, ...]] = {
 }
 # Presence labels and scenes that say of a concept that it is somewhere, though not where.
 PRESENT_WITH: dict[str, str] = {
-    "water": "water", "sea": "water", "buildings": "building", "trees": "tree", "cars": "car", "airplane": "airplane",
-    "ship": "ship",
+    "water": "water", "sea": "water", "buildings": "building", "mobile_home": "building", "trees": "tree",
+    "cars": "car", "airplane": "airplane", "ship": "ship",
 }  # fmt: skip
 PRESENT_IN_SCENE: dict[str, tuple[str, ...]] = {
     "freeway": ("road",), "overpass": ("road",), "intersection": ("road",), "viaduct": ("road",),
@@ -119,7 +120,8 @@ def masked(record: Record) -> dict[str, frozenset[int]]:
 def absent(record: Record) -> set[str]:
     """Concepts that are certainly nowhere on this image."""
     if record.presence or record.set in SCENE_SETS:
-        by_label = {c for label, there in record.presence.items() if not there for c in ABSENT_WITH.get(label, ())}
+        denied = [label for label in askable_labels(record.presence) if not record.presence[label]]
+        by_label = {c for label in denied for c in ABSENT_WITH.get(label, ())}
         water = ("water",) if not any(record.presence.get(k, True) for k in ("water", "sea")) else ()
         elsewhere = {c for c, scenes in ONLY_IN_SCENE.items() if not record.presence and record.scene not in scenes}
         by_scene = set(ABSENT_IN_SCENE.get(record.scene or "", ()))

@@ -107,6 +107,13 @@ def test_presence_of_a_whole_image_says_what_is_absent() -> None:
     assert not {"car", "water"} & said
 
 
+def test_a_mobile_home_is_a_building_though_the_annotators_do_not_say_so() -> None:
+    park = record("ucm", presence={"buildings": False, "mobile_home": True, "trees": False})
+    assert "building" in present(park)
+    assert "building" not in absent(park)
+    assert "building" in absent(record("ucm", presence={"buildings": False, "mobile_home": False}))
+
+
 def test_sea_in_radar_images_is_all_but_land_and_ships() -> None:
     classes = {0: "background", 1: "oil_spill", 2: "look_alike", 3: "ship", 4: "land"}
     known = masked(record("oil_spill_sar", mask_classes=classes, modality="sar"))
