@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model_server.checkpoints.published import UnsupportedLayout, read_json
+from model_server.checkpoints.published import UnsupportedLayout, read_json, require
 from model_server.model.config import MergeConfig
 from model_server.model.merging import best_grid
 
@@ -111,6 +111,10 @@ def clip_processing(path: Path, defaults: Processing) -> Processing:
     if not path.is_file():
         return defaults
     raw = read_json(path)
+    for step in ("do_resize", "do_rescale", "do_normalize"):
+        require(raw, step, [True, None], path.name)
+    if abs(raw.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+        raise UnsupportedLayout(f"{path} has rescale_factor = {raw['rescale_factor']}; supported is 1 / 255")
     size, crop = raw.get("size", defaults.size), raw.get("crop_size", defaults.size)
     side = _side(size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size, path)
     cut = _side(crop.get("height") if isinstance(crop, dict) else crop, path)
@@ -120,6 +124,8 @@ def clip_processing(path: Path, defaults: Processing) -> Processing:
     if raw.get("do_center_crop", True) and cut != side:
         raise UnsupportedLayout(f"{path} resizes to {side} and crops {cut}; the two must be one size")
     exact = isinstance(size, dict) and "shortest_edge" not in size
+    if not exact and defaults.aspect != "pad":  # a picture padded to a square has nothing to crop
+        require(raw, "do_center_crop", [True, None], path.name)
     return Processing(
         size=side,
         mean=tuple(raw.get("image_mean", defaults.mean)),
