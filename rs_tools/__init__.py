@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, Literal, ParamSpec, TypeVar
 
 from rs_tools.conversion import to_dict, to_geodataframe, to_geojson
+from rs_tools.forking import OfProcess
 
 if TYPE_CHECKING:  # importing rs_tools stays cheap; rasterio and httpx come with the first image
     from rs_tools.client import ModelClient
@@ -66,6 +67,7 @@ def open(
     Raises:
         AccessError: an address, or the file's folder does not exist. A missing or damaged file is reported by the
             first question.
+        InputError: `server` is no address, or `token` cannot be sent.
     """
     from rs_tools.imagery.access import AccessPolicy, refuse_address
     from rs_tools.tools import Tools
@@ -108,15 +110,11 @@ class Image:
     ) -> None:
         self._make_tools, self._file, self._path, self._bands = tools, path, str(path), bands
         self._embeddings = str(embeddings or "")
-        self._read = (path, embeddings) if embeddings else (path,)
-        self._made = os.getpid(), tools(*self._read)
+        self._own_tools = OfProcess(lambda: tools(path, embeddings) if embeddings else tools(path))
 
     @property
     def _tools(self) -> Tools:
-        """The tools of this process: a forked one has neither the event loop nor the connections of its parent."""
-        if self._made[0] != os.getpid():
-            self._made = os.getpid(), self._make_tools(*self._read)
-        return self._made[1]
+        return self._own_tools.get()
 
     async def ainspect(self) -> InspectResult:
         """Size, bands, georeference and kind of the image."""

@@ -27,6 +27,7 @@ except ModuleNotFoundError as error:
 from rs_tools import _client, _submit
 from rs_tools.declarations import DECLARATIONS, Declaration
 from rs_tools.errors import PerceptionError
+from rs_tools.forking import OfProcess
 from rs_tools.imagery.access import AccessPolicy
 from rs_tools.results import Result
 from rs_tools.summary import summarize
@@ -34,7 +35,8 @@ from rs_tools.tools import DEADLINE_S, Tools
 
 
 class PerceptionTool(BaseTool):
-    """One tool. Sync and async callers, from any thread or event loop, share one client of the model server.
+    """One tool. Sync and async callers, from any thread or event loop, share one client of the model server; processes
+    forked from theirs may go on with it.
 
     A refusal (`PerceptionError`, or arguments that do not fit) becomes a message with status "error" whose text says
     what was wrong, what is allowed and what to try. Where `handle_tool_error` is set to False it is raised instead, as
@@ -67,6 +69,7 @@ class RemoteSensingToolkit(BaseToolkit):
 
     Raises:
         AccessError: a root is not an existing folder, or a host is not a plain host name.
+        InputError: `server` is no address, or `token` cannot be sent.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -80,18 +83,24 @@ class RemoteSensingToolkit(BaseToolkit):
     )
     deadline_s: float = Field(default=DEADLINE_S, gt=0, description="seconds for one call")
 
-    _tools: Tools = PrivateAttr()
+    _tools: OfProcess[Tools] = PrivateAttr()
 
     def model_post_init(self, context: Any) -> None:
-        client = _client(self.server, self.token.get_secret_value() if self.token else None)
-        self._tools = Tools(AccessPolicy(self.roots, self.hosts), client, self.deadline_s, self.artifacts)
+        def tools() -> Tools:
+            client = _client(self.server, self.token.get_secret_value() if self.token else None)
+            return Tools(AccessPolicy(self.roots, self.hosts), client, self.deadline_s, self.artifacts)
+
+        self._tools = OfProcess(tools)
 
     def get_tools(self) -> list[BaseTool]:
         """The tools, in the order in which MCP lists them; they share opened images and connections."""
         return [_tool(declaration, self._tools) for declaration in DECLARATIONS]
 
 
-def _tool(declaration: Declaration, tools: Tools) -> PerceptionTool:
+def _tool(declaration: Declaration, tools: OfProcess[Tools]) -> PerceptionTool:
+    async def ask(**arguments: Any) -> Result:
+        return await getattr(tools.get(), declaration.name)(**arguments)
+
     def refusal(error: Any) -> str:
         return declaration.refusal(error.errors())
 
@@ -99,7 +108,7 @@ def _tool(declaration: Declaration, tools: Tools) -> PerceptionTool:
         name=declaration.name,
         description=declaration.description,
         args_schema=declaration.arguments,
-        ask=getattr(tools, declaration.name),
+        ask=ask,
         handle_tool_error=True,
         handle_validation_error=refusal,
     )

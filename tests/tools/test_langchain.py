@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -163,6 +164,31 @@ def test_callers_in_threads_and_loops_of_their_own_share_the_tools(tools: dict[s
         early, late = asyncio.run(both())
         assert early.startswith("Green fields.")
         assert late.startswith("A lake.")
+
+
+FORKING = """
+import os, signal, sys
+from rs_tools.langchain import RemoteSensingToolkit
+root, server, artifacts = sys.argv[1:]
+tools = {tool.name: tool for tool in RemoteSensingToolkit(roots=[root], server=server, artifacts=artifacts).get_tools()}
+words = tools["ground"].invoke({"image": "early.tif", "query": "ship"})
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    again = tools["ground"].invoke({"image": "early.tif", "query": "ship"})
+    os._exit(0 if again.splitlines()[0] == words.splitlines()[0] else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert tools["ground"].invoke({"image": "early.tif", "query": "ship"})
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork processes")
+def test_a_process_forked_from_the_one_that_made_the_tools_goes_on_with_them(
+    toolkit: RemoteSensingToolkit, server: str
+) -> None:
+    """As web servers and pools of workers do, which load their application before they fork."""
+    command = [sys.executable, "-c", FORKING, str(toolkit.roots[0]), server, str(toolkit.artifacts)]
+    subprocess.run(command, check=True, timeout=300)
 
 
 async def test_cancelling_a_call_ends_its_work(tools: dict[str, BaseTool]) -> None:
