@@ -282,6 +282,19 @@ def require(raw: Mapping[str, Any], key: str, allowed: Sequence[Any], file: str 
         raise UnsupportedLayout(f"{file} has {key} = {raw[key]!r}; supported are {list(allowed)}")
 
 
+def repetition_penalty(folder: Path) -> float:
+    """What generation_config.json takes from repeated tokens; 1, nothing, where there is none.
+
+    Raises:
+        UnsupportedLayout: it is no positive number.
+    """
+    path = folder / "generation_config.json"
+    found = (read_json(path) if path.is_file() else {}).get("repetition_penalty") or 1.0
+    if not isinstance(found, int | float) or found <= 0:
+        raise UnsupportedLayout(f"{path} has repetition_penalty = {found!r}; it must be a positive number")
+    return float(found)
+
+
 def rope_config(raw: Mapping[str, Any], kinds: Sequence[str] = ("default",)) -> dict[str, Any]:
     """Rotary settings: those of `rope_parameters` (newer) or `rope_scaling` (older), and `rope_theta` wherever it is.
 

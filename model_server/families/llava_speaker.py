@@ -12,7 +12,7 @@ from model_server.families.pictures import Processing
 from model_server.families.seen import SeenPictures, Shown
 from model_server.families.speaker import BatchSpeaker
 from model_server.families.words import Words
-from model_server.model.llava import ImageTokens, LlavaVLM, Prompt
+from model_server.model.llava import IMAGE, ImageTokens, LlavaVLM, Prompt
 from model_server.model.rsvlm import DecodeState
 from model_server.model.transfer import sent
 
@@ -39,6 +39,13 @@ class LlavaSpeaker(BatchSpeaker[Prompt]):
 
     def _prefill(self, prompt: Prompt, asks: Sequence[Ask], room: int) -> tuple[Tensor, DecodeState]:
         return self.model.prefill(prompt, torch.tensor([ask.expert for ask in asks]), room)
+
+    def _counted(self, asks: Sequence[Ask]) -> list[list[int]]:
+        picture = self.words.picture
+        if picture is None:
+            return super()._counted(asks)
+        prompts = [self.words.prompt(self.prompt(ask.message, len(ask.images))) for ask in asks]
+        return [[picture if i == IMAGE else i for i in ids] for ids in prompts]
 
     def _encode(self, shown: Sequence[Shown]) -> list[ImageTokens]:
         views = [sent(self.processing.views(picture).to(self.dtype), self.device) for picture, *_ in shown]

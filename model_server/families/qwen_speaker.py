@@ -41,6 +41,10 @@ class QwenSpeaker(BatchSpeaker[QwenPrompt]):
     def _prefill(self, prompt: QwenPrompt, asks: Sequence[Ask], room: int) -> tuple[Tensor, DecodeState]:
         return self.model.prefill(prompt, room)
 
+    def _counted(self, asks: Sequence[Ask]) -> list[list[int]]:
+        merge = self.model.config.vision.merge  # of the smallest picture: a placeholder counts once
+        return [self.writer.ids(ask.message, (merge, merge)).tolist() for ask in asks]
+
     def _encode(self, shown: Sequence[Shown]) -> list[tuple[Tensor, Grid]]:
         cut = [
             cut_patches(

@@ -13,6 +13,7 @@ from model_server.families.asking import Ask, Said
 from model_server.families.speaking import Step, greedy, weigh
 from model_server.families.words import Words
 from model_server.model.decoder import Decoder
+from model_server.model.greedy import Repetition
 from model_server.model.int8 import quantise_projections
 from model_server.model.rsvlm import DecodeState
 from model_server.precision import Precision
@@ -57,6 +58,11 @@ class BatchSpeaker(ABC, Generic[P]):
     def _prefill(self, prompt: P, asks: Sequence[Ask], room: int) -> tuple[Tensor, DecodeState]:
         """Next-token logits [B, V] and the state to go on with, for `room` more tokens."""
 
+    def _counted(self, asks: Sequence[Ask]) -> list[list[int]]:
+        """Ids of the prompts that a repetition penalty counts as said: none, where the authors' code gives its decoder
+        embeddings instead of ids."""
+        return [[] for _ in asks]
+
     @torch.inference_mode()
     def say(self, asks: Sequence[Ask]) -> list[Said]:
         said: dict[int, Said] = {}
@@ -72,7 +78,11 @@ class BatchSpeaker(ABC, Generic[P]):
         prompt = self._prompt(asks)
         steps = max(1, min(max(ask.steps for ask in asks), self._context - prompt.real.shape[1]))
         logits, state = self._prefill(prompt, asks, steps)
-        found = greedy(self._step, logits, state, steps, sorted(self.words.ends))
+        repetition = None
+        if self.words.penalty != 1:
+            vocabulary = self._decoder.config.vocab_size
+            repetition = Repetition.after(self.words.penalty, self._counted(asks), vocabulary, self.device)
+        found = greedy(self._step, logits, state, steps, sorted(self.words.ends), repetition)
         return [Said(self.words.text(u.ids), u.logprob, u.tokens) for u in found]
 
     def _weigh(self, ask: Ask) -> Said:

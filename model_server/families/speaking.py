@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from model_server.model.greedy import Repetition, likeliest
 from model_server.model.rsvlm import DecodeState
 
 Step = Callable[[Tensor, DecodeState], Tensor]  # int [B] -> logits [B, V]
@@ -28,12 +29,16 @@ class Utterance:
 
 
 @torch.inference_mode()
-def greedy(step: Step, logits: Tensor, state: DecodeState, steps: int, ends: Sequence[int]) -> list[Utterance]:
-    """The likeliest token at each step, from the first one's logits [B, V]; at most `steps` tokens."""
+def greedy(step: Step, logits: Tensor, state: DecodeState, steps: int, ends: Sequence[int],
+           repetition: Repetition | None = None) -> list[Utterance]:  # fmt: skip
+    """The likeliest token at each step, from the first one's logits [B, V]; at most `steps` tokens.
+
+    repetition: bears on the choice; probabilities are the network's own."""
     stop = torch.tensor(list(ends), device=logits.device)
     ids, gained, ended = [], [], torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     for n in range(steps):
-        best, token = logits.float().log_softmax(-1).max(-1)
+        token = likeliest(logits, repetition)
+        best = logits.float().log_softmax(-1).gather(1, token[:, None])[:, 0]
         ids.append(token.masked_fill(ended, int(stop[0])))
         gained.append(best.masked_fill(ended, 0.0))
         ended = ended | torch.isin(token, stop)

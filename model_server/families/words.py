@@ -7,11 +7,15 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from model_server.checkpoints.published import read_json
+from model_server.checkpoints.published import read_json, repetition_penalty, require
 from model_server.checkpoints.store import WeightsError
 from model_server.model.llava import IMAGE
 
 PICTURE = "<image>"  # stands in a prompt where a picture belongs
+_OTHERWISE: dict[str, tuple[object, ...]] = {
+    "num_beams": (1,), "no_repeat_ngram_size": (0,), "min_new_tokens": (0,), "min_length": (0,),
+    "bad_words_ids": ([],), "suppress_tokens": ([],), "begin_suppress_tokens": ([],), "sequence_bias": ({}, []),
+}  # fmt: skip
 _CONFIGS = ("generation_config.json", "config.json", "tokenizer_config.json")
 
 
@@ -21,14 +25,16 @@ class NoTokenizer(WeightsError):
 
 class Words:
     """Text to ids and back. `ends` are the ids that close an answer; `picture` is the id of `<image>` where that is a
-    token of the checkpoint's own (the layout of `transformers`)."""
+    token of the checkpoint's own (the layout of `transformers`); `penalty` what repeated tokens lose, 1 = nothing."""
 
-    def __init__(self, tokenizer: Tokenizer, ends: frozenset[int], picture: int | None = None) -> None:
-        self.tokenizer, self.ends, self.picture = tokenizer, ends, picture
+    def __init__(
+        self, tokenizer: Tokenizer, ends: frozenset[int], picture: int | None = None, penalty: float = 1.0
+    ) -> None:
+        self.tokenizer, self.ends, self.picture, self.penalty = tokenizer, ends, picture, penalty
 
     def with_picture(self, picture: int | None) -> Words:
         """The same words, `<image>` being a token of this id."""
-        return Words(self.tokenizer, self.ends, picture)
+        return Words(self.tokenizer, self.ends, picture, self.penalty)
 
     @classmethod
     def load(cls, folder: Path, *others: Path) -> Words:
@@ -37,6 +43,8 @@ class Words:
 
         Raises:
             NoTokenizer: no folder holds one, or a package that reads it is missing.
+            UnsupportedLayout: the checkpoint is to be decoded otherwise than greedily, which drawing lots is not: that
+                the authors' scripts turn off too.
         """
         folders = (folder, *others)
         tokenizer = next((found for f in folders if (found := _read(f)) is not None), None)
@@ -48,7 +56,7 @@ class Words:
         ends = frozenset(end for f in folders for end in _ends(f, tokenizer))
         if not ends:
             raise NoTokenizer(f"no file in {folder} says which token ends an answer (eos_token_id or eos_token)")
-        return cls(tokenizer, ends)
+        return cls(tokenizer, ends, penalty=_penalty(folders))
 
     def prompt(self, text: str) -> list[int]:
         """Ids of a prompt with `IMAGE` for each `<image>`. Where that is no token, the pieces between are encoded one
@@ -96,6 +104,17 @@ def _read(folder: Path) -> Tokenizer | None:
     if not isinstance(backend, Tokenizer):
         raise NoTokenizer(f"the tokenizer in {folder} has no fast form; save it as tokenizer.json and put that there")
     return backend
+
+
+def _penalty(folders: Sequence[Path]) -> float:
+    """`repetition_penalty`, which greedy decoding keeps, of the first generation_config.json that names it."""
+    named = []
+    for folder in folders:
+        raw = read_json(folder / _CONFIGS[0]) if (folder / _CONFIGS[0]).is_file() else {}
+        for key, off in _OTHERWISE.items():
+            require(raw, key, [None, *off], _CONFIGS[0])
+        named.append(repetition_penalty(folder))
+    return next((penalty for penalty in named if penalty != 1), 1.0)
 
 
 def _ends(folder: Path, tokenizer: Tokenizer) -> list[int]:

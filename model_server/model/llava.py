@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from model_server.model.attention import KVCache
 from model_server.model.config import LlavaConfig
 from model_server.model.decoder import Decoder
-from model_server.model.greedy import follow
+from model_server.model.greedy import Repetition, follow
 from model_server.model.injection import Details
 from model_server.model.merging import merge_tiles
 from model_server.model.rsvlm import DecodeState
@@ -90,7 +90,9 @@ class LlavaVLM(nn.Module):
         Raises:
             PlaceholderMismatch: a sequence's images are not as many as its placeholders.
         """
-        rows = [self._row(i, own) for i, own in zip(ids, images, strict=True)]
+        # As published: what is text alone is not cut.
+        most = self.config.merge.context if any(images) else None
+        rows = [self._row(i, own)[:most] for i, own in zip(ids, images, strict=True)]
         length = max(len(row) for row in rows)
         embeddings = torch.stack([F.pad(row, (0, 0, 0, length - len(row))) for row in rows])
         lengths = torch.tensor([len(row) for row in rows], device=embeddings.device)
@@ -110,7 +112,7 @@ class LlavaVLM(nn.Module):
             ends = [place - i for i, place in enumerate(places)]  # in the ids without placeholders
             cuts = text.tensor_split(ends)
             row = torch.cat([cuts[0], *(x for i, c in zip(images, cuts[1:], strict=True) for x in (i.tokens, c))])
-        return row[: self.config.merge.context]
+        return row
 
     def _details(self, images: Sequence[Sequence[ImageTokens]], like: Tensor) -> Details | None:
         stacks = {
@@ -159,10 +161,11 @@ class LlavaVLM(nn.Module):
         return self.decoder.logits(hidden[:, -1])
 
     @torch.no_grad()
-    def greedy(self, prompt: Prompt, expert: Tensor, steps: int, end: int | None) -> tuple[Tensor, Tensor]:
+    def greedy(self, prompt: Prompt, expert: Tensor, steps: int, end: int | None,
+               repetition: Repetition | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The likeliest token at each step: ids [B, S] and their logits [B, S, V]; stops when all rows have ended.
 
         A row that has ended goes on as `end`.
         """
         logits, state = self.prefill(prompt, expert, steps)
-        return follow(self.step, logits, state, steps, end)
+        return follow(self.step, logits, state, steps, end, repetition)

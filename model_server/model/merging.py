@@ -53,7 +53,8 @@ def merge_tiles(tiles: Tensor, size: tuple[int, int] | None, config: MergeConfig
     """Tokens of one image's tiles [T, N, D], the overview first, -> [M, D]. size: (width, height) of the image.
 
     Raises:
-        TilesDoNotFit: T is not 1 + the grid's tiles, or an image of several tiles comes without its size.
+        TilesDoNotFit: T is not 1 + the grid's tiles, N is not a tile's, or an image of several tiles comes without its
+            size.
     """
     if not config.spatial:
         return tiles.flatten(0, 1)
@@ -82,6 +83,8 @@ def _one_grid(tiles: Tensor, size: tuple[int, int] | None, config: MergeConfig) 
     if len(tiles) != rows * columns:
         raise TilesDoNotFit(f"an image of size {size} is {columns} x {rows} tiles and an overview, not {len(tiles)}")
     side = config.side
+    if tiles.shape[1] != side**2:
+        raise TilesDoNotFit(f"a tile has {tiles.shape[1]} tokens; tiles are put together of {side} x {side}")
     grid = tiles.view(rows, columns, side, side, -1).permute(4, 0, 2, 1, 3)
     return grid.reshape(-1, rows * side, columns * side)
 

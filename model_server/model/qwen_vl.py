@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from model_server.model.attention import KVCache
 from model_server.model.config import QwenVLConfig
 from model_server.model.decoder import Decoder
-from model_server.model.greedy import follow
+from model_server.model.greedy import Repetition, follow
 from model_server.model.llava import PlaceholderMismatch
 from model_server.model.modulation import Anchors, TokenModulation
 from model_server.model.qwen_vision import Grid, QwenVision
@@ -120,10 +120,11 @@ class QwenVLM(nn.Module):
         return self.decoder.logits(hidden[:, -1])
 
     @torch.no_grad()
-    def greedy(self, prompt: QwenPrompt, steps: int, end: int | None) -> tuple[Tensor, Tensor]:
+    def greedy(self, prompt: QwenPrompt, steps: int, end: int | None,
+               repetition: Repetition | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The likeliest token at each step: ids [B, S] and their logits [B, S, V]; stops when all rows have ended.
 
         A row that has ended goes on as `end`.
         """
         logits, state = self.prefill(prompt, steps)
-        return follow(self.step, logits, state, steps, end)
+        return follow(self.step, logits, state, steps, end, repetition)

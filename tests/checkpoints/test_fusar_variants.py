@@ -53,6 +53,7 @@ class Variant:
     matrices: tuple[str, ...]
     anchors: tuple[int, ...]  # of each question's picture; 0 = it comes without
     masked: int  # anchors of the first picture that are masked
+    penalty: float = 1.0  # of repeated tokens, the prompt's included
     old: bool = False  # names and a flat config as Qwen published them, two files and an index, LoRA in half precision
     tlm: dict[str, list[int]] = field(default_factory=lambda: {"square": [8, 8], "wide": [4, 12]})
 
@@ -82,6 +83,7 @@ VARIANTS = {
             "window_size": 84, "fullatt_block_indexes": [1], "spatial_merge_size": 2,
         },
         size=140, sigma=1.25, hidden_mult=3, rank=3, alpha=7, matrices=ALL, anchors=(5, 3), masked=1,
+        penalty=1.8,
     ),
     "one head of keys, tied, three patches a side": Variant(
         text={
@@ -249,6 +251,7 @@ def write(folder: Path, v: Variant, reference: Reference) -> None:
     config = {"model_type": "qwen2_5_vl", "image_token_id": PAD, "vision_config": vision, **text,
               "tie_word_embeddings": v.text["tie_word_embeddings"]}  # fmt: skip
     (base / "config.json").write_text(json.dumps(config))
+    (base / "generation_config.json").write_text(json.dumps({"repetition_penalty": v.penalty, "do_sample": True}))
 
     tied = ["lm_head.weight"] if v.text["tie_word_embeddings"] else []
     tensors = {name: t for name, t in reference.base.items() if name not in tied}
@@ -334,7 +337,10 @@ def record(folder: Path, v: Variant, reference: Reference) -> None:
         new, steps, start = [], [], len(ids)
         for _ in range(STEPS):
             steps.append(reference.logits(ids, picture, known)[0, -1])
-            new.append(int(steps[-1].argmax()))
+            scores = steps[-1].clone()
+            for token in set(ids.tolist()):
+                scores[token] = scores[token] / v.penalty if scores[token] > 0 else scores[token] * v.penalty
+            new.append(int(scores.argmax()))
             ids = torch.cat((ids, torch.tensor(new[-1:])))
         if i == 0:
             results |= {"gen.step_logits": torch.stack(steps)[None], "gen.new_ids": torch.tensor([new]),

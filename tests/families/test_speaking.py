@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -64,6 +65,29 @@ def test_what_is_said_has_the_probability_of_its_tokens_and_stops_at_an_end(spea
     assert free.logprob == pytest.approx(float(logp.sum()), abs=1e-3)
     assert (cut.ids, cut.tokens) == (tuple(ids[0, :at].tolist()), at + 1)
     assert cut.logprob == pytest.approx(float(logp[: at + 1].sum()), abs=1e-3)
+
+
+def test_what_was_said_loses_as_the_checkpoints_generation_config_has_it(spoken: Callable[..., Path]) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder, ask = spoken("rsunivlm", max_position_embeddings=256), Ask((PICTURE,), "[CAP] x", 12)
+    said = []
+    for penalty in (1.0, 3.0):
+        (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": penalty, "eos_token_id": 2}))
+        opened = rsunivlm.open_checkpoint(folder, "cpu", torch.float32).speaker
+        assert isinstance(opened, LlavaSpeaker)
+        model, ids = opened.model, torch.zeros(1, 0, dtype=torch.long)
+        lost = transformers.RepetitionPenaltyLogitsProcessor(penalty)
+        with torch.no_grad():
+            logits, state = model.prefill(opened._prompt([ask]), torch.tensor([0]), 12)
+            while ids.shape[1] < 12 and 2 not in ids:
+                ids = torch.cat((ids, lost(ids, logits).argmax(-1)[None]), 1)
+                logits = model.step(ids[:, -1], state)
+        said.append(opened.say([ask])[0].text)
+        assert said[-1] == opened.words.text(ids[0].tolist())
+    assert said[0] != said[1]
+    (folder / "generation_config.json").write_text(json.dumps({"num_beams": 4, "eos_token_id": 2}))
+    with pytest.raises(UnsupportedLayout, match="num_beams = 4"):
+        Words.load(folder)
 
 
 def test_messages_said_together_are_said_as_each_alone(speaker: LlavaSpeaker) -> None:

@@ -68,7 +68,7 @@ def recognises(folder: Path) -> bool:
 def inject_layers(listed: Sequence[int], layers: int) -> tuple[int, ...]:
     """Decoder layers, 0-based. The published list counts from 1, unless it holds a 0; what is out of range drops."""
     first = 0 if 0 in listed else 1
-    return tuple(sorted({n - first for n in listed if 0 <= n - first < layers}))
+    return tuple(sorted({int(n) - first for n in listed if 0 <= n - first < layers}))
 
 
 def taps(listed: Sequence[float], layers: int) -> tuple[int, ...]:
@@ -136,6 +136,8 @@ def read_config(raw: Mapping[str, Any], tensors: Tensors, tower: Path) -> LlavaC
     except WindowsDoNotFit as error:
         raise UnsupportedLayout(f"config.json's deepstack settings do not fit its tower: {error}") from error
     listed = raw.get("deepstack_injection_layers", (2, 4, 6, 8))
+    if not isinstance(listed, list | tuple):
+        raise UnsupportedLayout(f"config.json has deepstack_injection_layers = {listed!r}; it must be a list")
     return LlavaConfig(
         name=NAME,
         vision=vision,

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 from model_server.checkpoints.adapters import fusar
 from model_server.checkpoints.adapters.fusar_inputs import PromptWriter, cut_patches, load_anchors
-from model_server.checkpoints.published import Report
+from model_server.checkpoints.published import Report, repetition_penalty
 from model_server.checkpoints.recorded.apart import low_ranks_apart, projections_apart
 from model_server.checkpoints.verify import Comparison
 from model_server.model.attention import Backend, attention_backend
+from model_server.model.greedy import Repetition
 from model_server.model.modulation import Anchors
 from model_server.model.qwen_vision import Grid, window_groups
 from model_server.model.qwen_vl import QwenVLM
@@ -33,13 +34,13 @@ def compare(folder: Path, checkpoint: Path, comparison: Comparison) -> Report:
         comparison.tensor("merged", name, merged, wanted)
     projections_apart(model)
     with attention_backend(Backend.SDPA):
-        _Cases(folder, model, comparison).run()
+        _Cases(folder, checkpoint, model, comparison).run()
     return report
 
 
 class _Cases:
-    def __init__(self, folder: Path, model: QwenVLM, comparison: Comparison) -> None:
-        self.folder, self.model, self.comparison = folder, model, comparison
+    def __init__(self, folder: Path, checkpoint: Path, model: QwenVLM, comparison: Comparison) -> None:
+        self.folder, self.checkpoint, self.model, self.comparison = folder, checkpoint, model, comparison
         self.inputs = load_file(folder / "e2e_inputs.safetensors") | load_file(folder / "tlm_inputs.safetensors")
         self.recorded = load_file(folder / "e2e_cases.safetensors") | load_file(folder / "tlm_cases.safetensors")
         # Steps on the way to a modulation's output are not looked at one by one.
@@ -121,7 +122,9 @@ class _Cases:
         tokens = self.model.encode(torch.cat([patches for patches, _ in cut]), grids, anchors)
         prompt = self.model.prompt(ids, [[pair] for pair in zip(tokens, grids, strict=True)])
         steps = self.recorded["gen.new_ids"].shape[1]
-        new, logits = self.model.greedy(prompt, steps, None)
+        penalty = repetition_penalty(fusar.base_folder(self.checkpoint))
+        said = Repetition.after(penalty, [row.tolist() for row in ids], self.model.config.decoder.vocab_size)
+        new, logits = self.model.greedy(prompt, steps, None, said)
         self.comparison.tensor("pixels", "train.pixel_values", cut[0][0], self.inputs["train.pixel_values"])
         self._same("logits", "gen.step_logits", logits[:1])
         self.comparison.ids("gen.new_ids", new[0].tolist(), self.recorded["gen.new_ids"][0].tolist())

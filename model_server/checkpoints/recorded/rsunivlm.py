@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model_server.checkpoints.adapters import rsunivlm
-from model_server.checkpoints.published import Report, read_json
+from model_server.checkpoints.published import Report, read_json, repetition_penalty
 from model_server.checkpoints.recorded.apart import projections_apart
 from model_server.checkpoints.store import WeightsError
 from model_server.checkpoints.verify import Comparison, Taps
 from model_server.model.config import EXPERTS
+from model_server.model.greedy import Repetition
 from model_server.model.llava import IMAGE, ImageTokens, LlavaVLM, Prompt
 
 
@@ -93,15 +94,19 @@ class _Cases:
         self._same("logits", f"{name}/logits", logits)
         self._same("logits", f"{name}/logits_last", logits[:, -1:])
         steps = len(case["generated_ids"])
-        ids, scores = model.greedy(prompt, expert, steps, None)
+        ids, scores = model.greedy(prompt, expert, steps, None, self._said(model))
         self.comparison.ids(f"{name}/generated", ids[0].tolist(), case["generated_ids"])
         self._same("logits", f"{name}/step_logits", scores[0])
 
     def _stop(self, case: Mapping[str, Any], prompts: Mapping[str, tuple[LlavaVLM, Prompt]]) -> None:
         self.comparison.cases.append("eos_case")
         model, prompt = prompts[case["input"]]
-        ids, _ = model.greedy(prompt, _expert(case["granularity"]), 8, case["eos_token_id"])
+        ids, _ = model.greedy(prompt, _expert(case["granularity"]), 8, case["eos_token_id"], self._said(model))
         self.comparison.ids("eos_case", ids[0].tolist(), case["generated_ids"])
+
+    def _said(self, model: LlavaVLM) -> Repetition | None:
+        """What one sequence has said: nothing yet, as the published code gives its decoder embeddings only."""
+        return Repetition.after(repetition_penalty(self.checkpoint), [[]], model.config.decoder.vocab_size)
 
     def _batch(self, batch: Mapping[str, Any]) -> None:
         self.comparison.cases.append("batch")
