@@ -120,6 +120,10 @@ class Image:
         """Size, bands, georeference and kind of the image."""
         return await _shared(self._tools.inspect_image(self._path, self._bands))
 
+    async def aregion_of(self, bounds: Sequence[float]) -> list[float]:
+        """The `region` that shows a place, [west, south, east, north] in WGS84 degrees, as far as the image does."""
+        return await _shared(self._tools.region_of(self._path, bounds))
+
     async def acaption(self, region: Sequence[float] = (), detail: Literal["short", "full"] = "short") -> CaptionResult:
         """What the region shows, in words."""
         return await _shared(self._tools.caption(self._path, region, detail, self._bands, self._embeddings))
@@ -171,6 +175,7 @@ class Image:
         return self._make_tools(self._file, real), str(real)
 
     inspect = _waiting(ainspect)
+    region_of = _waiting(aregion_of)
     caption = _waiting(acaption)
     vqa = _waiting(avqa)
     classify = _waiting(aclassify)

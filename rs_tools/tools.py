@@ -25,7 +25,8 @@ from model_server.relations import parse
 from rs_tools.amounts import Amount, asked_amount
 from rs_tools.asking import Asker, Perceiving
 from rs_tools.calls import Call, Output
-from rs_tools.errors import InputError
+from rs_tools.errors import ArtifactError, InputError, RegionError
+from rs_tools.geometry.extents import pixels_within
 from rs_tools.imagery.access import AccessPolicy
 from rs_tools.imagery.tiling import look_at_whole, look_densely
 from rs_tools.inputs import checked_classes, checked_labels, checked_phrase, checked_question
@@ -94,6 +95,16 @@ class Tools:
         started = time.perf_counter()
         scene = await asyncio.to_thread(self._scenes.scene, image, bands)
         return await asyncio.to_thread(inspection, scene, started)
+
+    async def region_of(self, image: str, bounds: Sequence[float]) -> list[float]:
+        """The region of an image that shows a place, [west, south, east, north] in WGS84 degrees, as far as it does.
+
+        Raises RegionError also where the image has no known place.
+        """
+        scene = await asyncio.to_thread(self._scenes.scene, image, ())
+        if scene.georeference is None:
+            raise RegionError(f"{scene.source.name} has no known place on Earth; give its region in pixels.")
+        return pixels_within(scene.georeference, scene.width, scene.height, bounds)
 
     async def list_images(self, folder: str = "") -> ListResult:
         """The readable images below a folder (empty: below all allowed folders), at most `inspecting.MAX_LISTED`."""

@@ -55,8 +55,10 @@ class Subject:
         return dict(zip(words, map(str, self.images), strict=True)) | outcome
 
 
-Ask = Callable[["Tools", str, "looking.Progress"], Awaitable["Result"]]
-AskPair = Callable[["Tools", str, str, "looking.Progress"], Awaitable["Result"]]
+Ask = Callable[["Tools", str, list[float], "looking.Progress"], Awaitable["Result"]]
+"""With an image and the region in its pixels."""
+
+AskPair = Callable[["Tools", str, str, list[float], "looking.Progress"], Awaitable["Result"]]
 _AskSubject = Callable[["Tools", Subject, "looking.Progress"], Awaitable["Result"]]
 
 
@@ -99,7 +101,12 @@ def each(images: Sequence[Path], ask: Ask, view: View, ending: str = "") -> None
         found = [file for name in images for file in images_of(name)]
     many = len(images) > 1 or any(name.is_dir() or _is_pattern(name) for name in images)
     subjects = [Subject((file,)) for file in dict.fromkeys(found)]
-    ask_all(subjects, lambda tools, one, progress: ask(tools, one.names[0], progress), view, ending, many)
+
+    async def ask_one(tools: Tools, one: Subject, progress: looking.Progress) -> Result:
+        (image,) = one.names
+        return await ask(tools, image, await view.region_in(tools, image), progress)
+
+    ask_all(subjects, ask_one, view, ending, many)
 
 
 def each_pair(before: Path, after: Path, ask: AskPair, view: View, ending: str) -> None:
@@ -110,12 +117,12 @@ def each_pair(before: Path, after: Path, ask: AskPair, view: View, ending: str) 
     if many := before.is_dir():
         with refusing():
             pairs = [Subject((file, after / file.relative_to(before))) for file in images_of(before)]
-    ask_all(pairs, lambda tools, pair, progress: ask(tools, *_two(pair.names), progress), view, ending, many)
 
+    async def ask_pair(tools: Tools, pair: Subject, progress: looking.Progress) -> Result:
+        early, late = pair.names
+        return await ask(tools, early, late, await view.region_in(tools, early), progress)
 
-def _two(names: tuple[str, ...]) -> tuple[str, str]:
-    before, after = names
-    return before, after
+    ask_all(pairs, ask_pair, view, ending, many)
 
 
 def images_of(name: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -16,6 +16,9 @@ from rs_tools.errors import InputError
 from rs_tools.upstream.choosing import MODEL_HELP, PROFILE_HELP, Upstream, chosen
 
 Images = Annotated[
+if TYPE_CHECKING:  # what is heavy comes with the first question
+    from rs_tools.tools import Tools
+
     list[Path],
     typer.Argument(
         metavar="IMAGE", help="GeoTIFF, PNG, JPEG, ...; a folder, or a pattern in quotes.", show_default=False
@@ -26,6 +29,12 @@ Region = Annotated[
     typer.Option(metavar="X1 Y1 X2 Y2", help="Pixels from the top-left corner; the whole image without it."),
 ]
 Bands = Annotated[
+Bounds = Annotated[
+    tuple[float, float, float, float] | None,
+    typer.Option(
+        metavar="WEST SOUTH EAST NORTH", help="Instead of --region: its place in WGS84 degrees, for any of the images."
+    ),
+]
     list[int] | None,
     typer.Option(
         "--band", metavar="N", help="Band to show, from 1: once for grey, or for red, green and blue in turn."
@@ -64,15 +73,20 @@ class View:
 
     region: Region = None
     band: Bands = None
+    bounds: Bounds = None
     model_url: ModelUrl = None
     token_file: TokenFile = None
     model: Model = None
     profile: Profile = None
     as_json: AsJson = False
 
-    @property
-    def pixels(self) -> list[float]:
-        return list(self.region or ())
+    def __post_init__(self) -> None:
+        if self.region is not None and self.bounds is not None:
+            raise typer.BadParameter("--region and --bounds name the same thing; give one of them")
+
+    async def region_in(self, tools: Tools, image: str) -> list[float]:
+        """The region in the pixels of an image, empty for the whole."""
+        return list(self.region or ()) if self.bounds is None else await tools.region_of(image, self.bounds)
 
     @property
     def bands(self) -> list[int]:

@@ -26,8 +26,8 @@ def ground(
     """Find every QUERY in each IMAGE: boxes, places and scores."""
     each(
         images,
-        lambda tools, image, progress: tools.ground(
-            image, query, view.pixels, max_objects, min_score, view.bands, view.preview, view.known, progress=progress
+        lambda tools, image, region, progress: tools.ground(
+            image, query, region, max_objects, min_score, view.bands, view.preview, view.known, progress=progress
         ),
         view,
         "ground",
@@ -45,8 +45,8 @@ def segment(
     """Map which pixels of each IMAGE are of which class."""
     each(
         images,
-        lambda tools, image, progress: tools.segment(
-            image, classes, view.pixels, view.bands, view.preview, progress=progress
+        lambda tools, image, region, progress: tools.segment(
+            image, classes, region, view.bands, view.preview, progress=progress
         ),
         view,
         "segment",
@@ -68,8 +68,8 @@ def detect_change(
     each_pair(
         before,
         after,
-        lambda tools, early, late, progress: tools.detect_change(
-            early, late, query, view.pixels, view.bands, view.preview, progress=progress
+        lambda tools, early, late, region, progress: tools.detect_change(
+            early, late, query, region, view.bands, view.preview, progress=progress
         ),
         view,
         "change",

@@ -16,7 +16,7 @@ app = typer.Typer()
 @app.command(epilog="Example: rs-tools inspect scene.tif")
 def inspect(images: Images, band: Bands = None, as_json: AsJson = False) -> None:
     """Size, bands, coordinate reference system, place and metres per pixel of each IMAGE."""
-    each(images, lambda tools, image, _: tools.inspect_image(image, band or []), View(as_json=as_json))
+    each(images, lambda tools, image, *_: tools.inspect_image(image, band or []), View(as_json=as_json))
 
 
 @app.command("list", epilog="Example: rs-tools list ~/imagery")
@@ -40,8 +40,8 @@ def caption(
     """Say in words what each IMAGE shows."""
     each(
         images,
-        lambda tools, image, progress: tools.caption(
-            image, view.pixels, detail, view.bands, view.known, progress=progress
+        lambda tools, image, region, progress: tools.caption(
+            image, region, detail, view.bands, view.known, progress=progress
         ),
         view,
     )
@@ -58,8 +58,8 @@ def vqa(
     """Answer QUESTION about each IMAGE, with a calibrated confidence."""
     each(
         images,
-        lambda tools, image, progress: tools.vqa(
-            image, question, view.pixels, view.bands, view.known, progress=progress
+        lambda tools, image, region, progress: tools.vqa(
+            image, question, region, view.bands, view.known, progress=progress
         ),
         view,
     )
@@ -79,8 +79,8 @@ def classify(
     """Which scene class each IMAGE belongs to."""
     each(
         images,
-        lambda tools, image, progress: tools.classify(
-            image, label or [], top_k, view.pixels, view.bands, view.known, progress=progress
+        lambda tools, image, region, progress: tools.classify(
+            image, label or [], top_k, region, view.bands, view.known, progress=progress
         ),
         view,
     )

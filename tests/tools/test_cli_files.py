@@ -77,6 +77,27 @@ def test_a_box_of_an_answer_is_taken_as_the_region_of_the_next_question(folder: 
     assert again["classes"][0]["share"] == 1
 
 
+def test_a_place_in_degrees_is_the_region_of_every_image_that_shows_it(folder: Path, ask: Any) -> None:
+    [ship] = json.loads(answered(ask("ground", folder / "bay.tif", "ship", "--json")))["objects"]
+    lon, lat = zip(*ship["polygon_lonlat"], strict=True)
+    place = ["--bounds", min(lon), min(lat), max(lon), max(lat)]
+    write(folder / "elsewhere.tif", painted(80, 90), photometric="RGB", crs="EPSG:32634", transform=UTM)
+    write(folder / "nowhere.tif", painted(80, 90), photometric="RGB")
+    lines = answered(ask("segment", folder, "--class", "ship", *place, "--json"), 3).splitlines()
+    told = {Path(one["image"]).stem: one for one in map(json.loads, lines)}
+    assert told["bay"]["answer"]["classes"][0]["share"] > 0.5  # a pixel more at each edge, for the grid is aslant
+    assert told["bay_2"]["answer"]["classes"][0]["share"] == 0
+    assert "shows nothing of" in told["elsewhere"]["error"]["message"]
+    assert "no known place" in told["nowhere"]["error"]["message"]
+    change = ask("detect-change", folder / "bay.tif", folder / "bay_2.tif", *place, "--json")
+    assert json.loads(answered(change))["changed_share"] > 0.5
+
+
+def test_a_region_is_named_in_pixels_or_by_its_place_but_not_by_both(folder: Path, ask: Any) -> None:
+    both = ["--region", 0, 0, 9, 9, "--bounds", 14, 45, 15, 46]
+    assert "give one of them" in ask("caption", folder / "bay.tif", *both).stderr.replace("\n", " ")
+
+
 def test_without_a_folder_the_answer_says_where_its_files_are_kept(folder: Path, ask: Any) -> None:
     output = answered(ask("ground", folder / "bay.tif", "ship"))
     assert "1 found for 'ship': [10, 10, 20, 15] score 0.90" in output

@@ -12,13 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from affine import Affine
 from planted import BLUE, RED, painted
 from planted_server import planted_server
 from rasters import BUNDLED, UTM, noise, write
 
 import rs_tools
-from rs_tools.errors import AccessError, ArtifactError, InputError
+from rs_tools.errors import AccessError, ArtifactError, InputError, RegionError
 
 ROAD = BUNDLED / "yellowstone_road.jpg"
 
@@ -63,6 +65,22 @@ def test_bands_are_chosen_once_for_all_questions(tmp_path: Path, server: str) ->
     scene = rs_tools.open(write(tmp_path / "a.tif", noise(4, 9, 9)), bands=[4, 3, 2], server=server)
     assert scene.caption().provenance.bands == [4, 3, 2]
     assert scene.inspect().provenance.bands == [4, 3, 2]
+
+
+def test_a_place_found_in_one_image_is_asked_about_in_another_of_other_pixels(tmp_path: Path, server: str) -> None:
+    place: dict[str, Any] = {"photometric": "RGB", "crs": "EPSG:32633"}
+    early = write(tmp_path / "early.tif", painted(80, 90, ((10, 10, 20, 15), RED)), **place, transform=UTM)
+    finer = UTM @ Affine.translation(-5, -8) @ Affine.scale(0.5)
+    late = write(tmp_path / "late.tif", painted(200, 200, ((30, 36, 50, 46), BLUE)), **place, transform=finer)
+    (found,) = rs_tools.open(early, server=server).ground("ship").objects
+    assert found.polygon_lonlat is not None
+    lon, lat = zip(*found.polygon_lonlat, strict=True)
+    later = rs_tools.open(late, server=server)
+    region = later.region_of([min(lon), min(lat), max(lon), max(lat)])
+    np.testing.assert_allclose(region, [30, 36, 50, 46], atol=0.5)
+    assert later.inspect().georeferenced
+    with pytest.raises(RegionError, match="no known place"):
+        rs_tools.open(ROAD, server=server).region_of([0, 0, 1, 1])
 
 
 async def test_a_script_gets_boxes_masks_and_change_sync_and_async(tmp_path: Path, server: str) -> None:
