@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from rasterio._err import CPLE_BaseError  # what escapes rasterio unwrapped; it has no public name
 from rasterio.errors import RasterioError
 
 from rs_tools.errors import ArtifactError
@@ -153,7 +154,7 @@ def reported(kind: Kind) -> Iterator[None]:
     """Failures to write as errors for the caller."""
     try:
         yield
-    except (OSError, RasterioError) as error:
+    except (OSError, RasterioError, CPLE_BaseError) as error:
         reason = getattr(error, "strerror", None) or "the raster driver failed"
         raise ArtifactError(f"The {kind} file cannot be written: {reason}. Is there room on the disk?") from error
 

@@ -94,6 +94,22 @@ def test_a_mask_of_wrong_rows_is_refused_and_leaves_nothing(store: ArtifactStore
     assert list(store.folder.iterdir()) == []
 
 
+def test_rows_that_did_not_all_reach_a_full_disk_are_an_error_for_the_caller(store: ArtifactStore) -> None:
+    """GDAL tells of them only when it reads them again."""
+    noise = np.random.default_rng(0).integers(0, 4, (1100, 600)).astype(np.uint8)
+
+    def written() -> None:
+        with store.mask((600, 1100), CLASSES) as writer:
+            writer.write(noise[:1024])
+            [rows] = store.folder.glob(".writing-*/rows.tif")
+            os.truncate(rows, rows.stat().st_size // 2)
+            writer.write(noise[1024:])
+
+    with pytest.raises(ArtifactError, match="room on the disk"):
+        written()
+    assert os.listdir(store.folder) == []
+
+
 def test_an_error_while_the_rows_are_made_comes_through_as_it_is(store: ArtifactStore) -> None:
     with pytest.raises(TimeoutError), store.mask((5, 8), CLASSES):
         raise TimeoutError
