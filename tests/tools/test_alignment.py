@@ -69,6 +69,14 @@ def test_a_small_later_image_is_found_wherever_it_lies_in_a_large_earlier_one(tm
     assert Pair.of(after, before).overlap_share == pytest.approx(covered / 64, abs=0.01)
 
 
+def test_a_pair_in_different_number_formats_is_compared_with_a_warning(tmp_path: Path) -> None:
+    bytes_, words = noise(3, 60, 80), noise(3, 60, 80).astype("uint16") * 10
+    before, after = opened(placed(tmp_path / "8.tif", bytes_)), opened(placed(tmp_path / "16.tif", words))
+    [told] = Pair.of(before, after).warnings
+    assert "none and linear" in told
+    assert Pair.of(after, after).warnings == ()
+
+
 def test_images_that_share_an_edge_and_nothing_more_do_not_overlap(tmp_path: Path) -> None:
     before = opened(placed(tmp_path / "before.tif", noise(3, 60, 80)))
     for x, y in ((80, 0), (0, 60), (-80, 0), (80, 60), (0, -60)):
