@@ -99,14 +99,25 @@ def verify(folder: Path) -> Verification:
     """Load the checkpoint in a folder of recorded results (in it or in its `checkpoint/`) and run every case; a folder
     of recorded strings has no checkpoint.
 
-    As when the results were recorded, one thread runs and attention is the plain equation: rounding grows in random
-    weights, and faster kernels round otherwise (they are held to the plain equation elsewhere).
+    As when the results were recorded, one thread runs and attention is the plain equation (FUSAR-GPT's is PyTorch's):
+    rounding grows in random weights, and other kernels round otherwise (they are held to the plain equation elsewhere).
 
     Raises:
-        WeightsError: no adapter knows the checkpoint, its tensors do not fit, or what was recorded is not there.
+        WeightsError: no adapter knows the checkpoint, its tensors do not fit, or what was recorded is not there or
+            cannot be run.
     """
-    if (folder / TEXT_CASES).is_file():
-        return _verify_text(folder)
+    try:
+        return _verify_text(folder) if (folder / TEXT_CASES).is_file() else _verify_checkpoint(folder)
+    except WeightsError:
+        raise
+    except (KeyError, OSError, SafetensorError) as error:
+        said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise WeightsError(f"what is recorded in {folder} is not whole: {said}") from error
+    except ValueError as error:
+        raise WeightsError(f"a case recorded in {folder} cannot be run: {error}") from error
+
+
+def _verify_checkpoint(folder: Path) -> Verification:
     nested = folder / "checkpoint"
     checkpoint = nested if nested.is_dir() else folder
     name = find_family(checkpoint).NAME
@@ -120,15 +131,9 @@ def verify(folder: Path) -> Verification:
         with torch.no_grad(), attention_backend(Backend.MATH):
             compare = importlib.import_module(recorded).compare
             report = compare(folder, checkpoint, comparison)
-    except (KeyError, OSError, SafetensorError) as error:
-        raise WeightsError(f"what is recorded in {folder} is not whole: {_said(error)}") from error
     finally:
         torch.set_num_threads(threads)
     return Verification(name, checkpoint, report, comparison)
-
-
-def _said(error: Exception) -> str:
-    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
 
 
 def _verify_text(folder: Path) -> Verification:

@@ -20,13 +20,14 @@ from model_server.checkpoints.store import WeightsError
 from model_server.checkpoints.verify import verify
 from model_server.families.pictures import Processing, clip_processing
 from model_server.model.config import QwenVisionConfig, QwenVLConfig
+from model_server.model.llava import IMAGE
 
 ORACLES = Path(__file__).parent / "oracles"
 TEXT: dict[str, Any] = {"vocab_size": 20, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 40}
 CLIP: dict[str, Any] = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 3, "image_size": 28,
                         "patch_size": 7, "intermediate_size": 40, "model_type": "clip_vision_model"}  # fmt: skip
 QWEN: dict[str, Any] = {
-    **TEXT, "model_type": "qwen2_5_vl", "image_token_id": 7, "num_hidden_layers": 2,
+    **TEXT, "model_type": "qwen2_5_vl", "image_token_id": 7, "num_hidden_layers": 2, "num_key_value_heads": 2,
     "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]},
     "vision_config": {"hidden_size": 32, "num_heads": 4, "depth": 2, "out_hidden_size": 32},
 }  # fmt: skip
@@ -71,8 +72,17 @@ def test_the_rotary_base_is_read_where_older_and_newer_configs_keep_it() -> None
     assert decoder_config({**TEXT, **newer}).rope_base == 500.0
 
 
+def test_what_a_qwens_config_leaves_out_is_as_in_its_own_class() -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs, left = transformers.Qwen2_5_VLConfig().text_config, ("rms_norm_eps", "num_key_value_heads")
+    given = {**QWEN, "num_attention_heads": 8, "hidden_size": 64, "vision_config": {}}
+    del given["num_key_value_heads"]
+    ours = fusar.read_base_config(given, "q").decoder
+    assert [ours.norm_eps, ours.kv_heads] == [getattr(theirs, name) for name in left]
+    assert ours.rope_base == theirs.rope_parameters["rope_theta"]
+
+
 def test_scaled_rotary_frequencies_of_a_qwen_are_refused_under_either_key() -> None:
-    assert fusar.read_base_config(QWEN, "qwen").decoder.rope_base == 1e6  # its family's, where none is given
     for key in ("type", "rope_type"):
         rope = {key: "yarn", "factor": 4.0, "mrope_section": [2, 1, 1]}
         with pytest.raises(UnsupportedLayout, match="yarn"):
@@ -312,14 +322,21 @@ def test_a_recording_without_logits_or_ids_has_not_passed(copied: Callable[[str]
     assert not comparison.passed
 
 
-@pytest.mark.parametrize("spoil", ["inputs", "tensors"])
-def test_a_recording_that_is_not_whole_is_said_in_one_sentence(copied: Callable[[str], Path], spoil: str) -> None:
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [("no inputs", "is not whole: 'inputs' is missing"), ("no tensors", "is not whole"), ("placeholder", "cannot be run")],
+)
+def test_a_recording_that_is_not_whole_is_said_in_one_sentence(
+    copied: Callable[[str], Path], spoil: str, said: str
+) -> None:
     folder = copied("rsunivlm")
-    if spoil == "inputs":
-        index = json.loads((folder / "cases.json").read_text())
+    index = json.loads((folder / "cases.json").read_text())
+    if spoil == "no inputs":
         del index["inputs"]
-        (folder / "cases.json").write_text(json.dumps(index))
-    else:
+    elif spoil == "no tensors":
         (folder / "cases.safetensors").write_bytes(b"")
-    with pytest.raises(WeightsError, match="is not whole"):
+    else:
+        index["inputs"]["text"]["input_ids"].append(IMAGE)
+    (folder / "cases.json").write_text(json.dumps(index))
+    with pytest.raises(WeightsError, match=said):
         verify(folder)

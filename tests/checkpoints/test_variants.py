@@ -95,7 +95,7 @@ def test_rsunivlm_with_tiles_newlines_and_other_sizes(
     config = {
         **text, "model_type": "llava_qwen_gmoe", "mm_projector_type": "mlp2x_gelu", "mm_vision_tower": "tower",
         "mm_patch_merge_type": "spatial_unpad", "image_aspect_ratio": f"anyres_max_{most}",
-        "image_grid_pinpoints": "(1x1),...,(3x3)",
+        "image_grid_pinpoints": "(1x1),...,(3x3)", "tokenizer_padding_side": "right" if tied else "left",
     }  # fmt: skip
     checkpoint = tmp_path / "checkpoint"
     (checkpoint / "tower").mkdir(parents=True)
@@ -108,8 +108,8 @@ def test_rsunivlm_with_tiles_newlines_and_other_sizes(
     fits = {name.removeprefix("vision_model."): name for name in tower.state_dict()}
     tower.load_state_dict({fits[name]: t for name, t in found.items()}, strict=False)
     torch.manual_seed(0)
-    columns, rows = grid
-    tiled, single = torch.randn(1 + columns * rows, 3, 55, 55), torch.randn(3, 55, 55)
+    columns, down = grid
+    tiled, single = torch.randn(1 + columns * down, 3, 55, 55), torch.randn(3, 55, 55)
     inputs = {
         "tiles": ([3, 4, IMAGE, 5, 6], [tiled], [size]),
         "text": ([8, 9, 10], [], None),
@@ -118,12 +118,13 @@ def test_rsunivlm_with_tiles_newlines_and_other_sizes(
         inputs["mixed"] = ([IMAGE, 7, IMAGE], [single, tiled], [(55, 55), size])
     tensor: dict[str, Tensor] = {}
     index: dict[str, Any] = {"inputs": {}, "cases": [], "small_positions": {}}
+    rows: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, (ids, images, sizes) in inputs.items():
             row = torch.empty(0, 48)
             states = [tower(x.view(-1, 3, 55, 55), output_hidden_states=True).hidden_states[-1] for x in images]
             pictures = [
-                merged(x[0], x[1:], tensors["model.image_newline"], size, columns, rows, most)
+                merged(x[0], x[1:], tensors["model.image_newline"], size, columns, down, most)
                 if len(x) > 1 else torch.cat((x[0], tensors["model.image_newline"][None]))
                 for x in (projected(tensors, state) for state in states)
             ]  # fmt: skip
@@ -144,6 +145,17 @@ def test_rsunivlm_with_tiles_newlines_and_other_sizes(
                     {"name": case, "input": name, "granularity": granularity, "light": False,
                      "generated_ids": ended["generated"][0].tolist()}
                 )  # fmt: skip
+            rows[name] = row
+        together = [rows["tiles"], rows["text"]]
+        last = [qwen2(text, tensors, 1)(inputs_embeds=row[None]).logits[0, -1] for row in together]
+        lengths, short = [len(row) for row in together], [0] * 2
+        real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        tensor |= {"batch/logits_last_valid": torch.stack(last)}
+        tensor |= {"batch/attention_mask_merged": (real if tied else real.flip(1)).long()}
+        index["batch"] = {
+            "input_ids": [inputs["tiles"][0], [*inputs["text"][0], *short]], "granularity": 1,
+            "attention_mask": [[1] * 5, [1, 1, 1, 0, 0]], "images": ["in/tiles/image0"], "merged_lengths": lengths,
+        }  # fmt: skip
     save_file({name: t.clone().contiguous() for name, t in tensor.items()}, tmp_path / "cases.safetensors")
     (tmp_path / "cases.json").write_text(json.dumps(index))
     verified(tmp_path)

@@ -43,7 +43,12 @@ from model_server.model.qwen_vl import QwenVLM
 NAME = "fusar"
 FORMAT = "tlm_original_train_patch_resize_v1"
 FILM, TLM, LORA = "vec64_film.pt", "tlm_config.json", "adapter_config.json"
-ROPE_BASE = 1e6  # Qwen2.5-VL's, where a config.json leaves it out
+# Qwen2.5-VL's, where a config.json leaves them out.
+ROPE_BASE = 1e6
+QWEN = {
+    "vocab_size": 152064, "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+}  # fmt: skip
 # Those that leave the base's own weights as they are; others (PiSSA, OLoRA, LoftQ) change them too.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 NOT_PLAIN = (
@@ -108,7 +113,7 @@ def read_base_config(base: Mapping[str, Any], name: str) -> QwenVLConfig:
         UnsupportedLayout: it asks for what is not computed here.
     """
     require(base, "model_type", ["qwen2_5_vl"])
-    text = {**base, **base.get("text_config", {})}
+    text = {**QWEN, **base, **base.get("text_config", {})}
     text["tie_word_embeddings"] = base.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     rope = rope_config(text, ("default", "mrope"))
     rope["rope_theta"] = rope["rope_theta"] or ROPE_BASE
@@ -127,6 +132,7 @@ def vision_config(raw: Mapping[str, Any], width: int) -> QwenVisionConfig:
     """The tower's part of a Qwen2.5-VL config.json; `width` is that of the decoder."""
     require(raw, "hidden_act", ["silu", "swish"])
     require(raw, "out_hidden_size", [width])
+    require(raw.get("rope_parameters") or {}, "rope_theta", [10000, None])
     heads = raw.get("num_heads", QwenVisionConfig().heads)
     if raw.get("hidden_size", QwenVisionConfig().width) % (4 * heads):
         raise UnsupportedLayout(f"the tower's {heads} heads must divide its hidden_size into multiples of four")
