@@ -30,7 +30,7 @@ def connect(address: str | None) -> None:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # as there: listen on loopback
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # other users of this machine have no business in it
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    import ray
+    import ray  # pyright: ignore[reportMissingImports] (of an extra)
 
     if address is not None:
         ray.init(address=address, namespace=NAMESPACE, logging_level=logging.WARNING)

@@ -20,7 +20,7 @@ class Replica:
         self, weights: str | None, device: str, precision: str, threads: int
     ) -> None:
         """Loads the model; whatever that raises, Serve reports. Arguments as of `rs-model-server`."""
-        from ray import serve
+        from ray import serve  # pyright: ignore[reportMissingImports] (of an extra)
 
         log_to_stderr()
         keep_freed_memory()

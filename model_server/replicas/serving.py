@@ -4,6 +4,7 @@ Serve counts calls, starts and stops replicas, replaces those that end, and find
 consistent-hash ring. Its own HTTP proxies stay off: they would hold bodies without bound, and before a token is seen.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import asyncio
