@@ -18,6 +18,7 @@ from mcp.server.auth.provider import TokenVerifier
 from mcp.server.auth.settings import AuthSettings
 
 from rs_tools.client import ModelClient
+from rs_tools.endpoint import base_url, read_token
 from rs_tools.errors import AccessError, InputError
 from rs_tools.imagery.access import AccessPolicy
 from rs_tools.mcp.completions import add_completions
@@ -27,7 +28,7 @@ from rs_tools.mcp.tools import declared_tools
 from rs_tools.model_facts import ModelFacts
 from rs_tools.serving.options import add_http_options, http_settings, uploads
 from rs_tools.tools import DEADLINE_S, Tools
-from rs_tools.upstream.choosing import MODEL_HELP, PROFILE_HELP, Upstream, chosen
+from rs_tools.upstream.choosing import MODEL_HELP, PROFILE_HELP, Upstream, chosen, key
 
 INSTRUCTIONS = """\
 Perception of satellite and aerial images. Start with list_images (what can be read) or inspect_image (size, bands, \
@@ -76,7 +77,7 @@ def build_server(
         finally:
             await client.aclose()
 
-    facts = ModelFacts(upstream.base if upstream else url, token, weights)
+    facts = ModelFacts(upstream.url, key(), None, upstream.model) if upstream else ModelFacts(url, token, weights)
     server = MCPServer[Tools](
         "rs-perception",
         title="Remote-sensing perception",
@@ -159,7 +160,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.model_url is not None and options.weights is not None:
         parser.error("--weights is for a local model server; the one at --model-url has its own")
     try:
+        if options.model_url is not None:
+            base_url(options.model_url)
         options.upstream = chosen(options.model_url, options.model, options.profile, options.token_file)
+        options.token = None if options.token_file is None else read_token(options.token_file)
     except InputError as error:
         parser.error(str(error))
     if options.artifacts is not None:
@@ -167,12 +171,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             Path(options.artifacts).expanduser().mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             parser.error(f"--artifacts cannot be made: {error}")
-    options.token = None
-    if options.token_file is not None:
-        try:
-            options.token = options.token_file.read_text().strip()
-        except OSError as error:
-            parser.error(f"--token-file cannot be read: {error}")
     return options
 
 

@@ -16,14 +16,16 @@ from model_server.protocol import (
     decode_response,
     encode_request,
 )
+from rs_tools.endpoint import base_url, bearer, retry_after_s, through_proxy
 from rs_tools.errors import DeadlinePassed, InputError, NotServed, ServerBusy, ServerError, ServerUnavailable
-from rs_tools.local_server import LocalServer, find_or_start
+from rs_tools.local_server import LocalServer, find_or_start, is_process
 
 # A large scene on a CPU is minutes of work; a deadline for the whole belongs to the caller, who may cancel.
 TIMEOUT = httpx.Timeout(connect=5, write=60, read=900, pool=None)
 LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=16, keepalive_expiry=4)
 READY_S = 120
 READY_POLL_S = 0.05
+BUSY_S = 1.0  # to wait where a busy server does not say how long
 
 
 class ModelClient:
@@ -33,16 +35,19 @@ class ModelClient:
         url: of a running model server; None finds or starts the one local server of this user.
         token: bearer token of the server at `url`.
         weights: checkpoint folder for the local server; None is the embedded model.
+
+    Raises:
+        InputError: the url is no address, or the token cannot be sent.
     """
 
     def __init__(self, url: str | None = None, token: str | None = None, weights: str | None = None) -> None:
-        self._url = url.rstrip("/") if url else None
-        self._token = token
+        self._url = base_url(url) if url else None
+        self._authorization = bearer(token)
         self._weights = weights
         self._local: LocalServer | None = None
         self._finding = asyncio.Lock()
-        # A proxy from the environment must not stand between us and loopback.
-        self._http = httpx.AsyncClient(timeout=TIMEOUT, limits=LIMITS, trust_env=self._url is not None)
+        trust_env = self._url is not None and through_proxy(self._url)
+        self._http = httpx.AsyncClient(timeout=TIMEOUT, limits=LIMITS, trust_env=trust_env)
 
     async def __aenter__(self) -> Self:
         return self
@@ -106,11 +111,11 @@ class ModelClient:
         except (httpx.ConnectError, httpx.ConnectTimeout):
             self._forget(server)  # it may have been killed, or have ended by being idle
             server = await self._local_server()
-        except httpx.TransportError:
+        except httpx.RequestError:
             pass  # broken in mid-call: by a server that ended, or by the network
         try:
             return _checked(await self._send(server, method, path, body))
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             self._forget(server)
             where, advice = self._where(server)
             raise ServerUnavailable(
@@ -118,15 +123,15 @@ class ModelClient:
             ) from error
 
     async def _send(self, server: LocalServer | None, method: str, path: str, body: bytes | None) -> httpx.Response:
-        url, token = (self._url or "", self._token) if server is None else (server.url, server.token)
-        headers = {"Content-Type": "application/octet-stream"} if body is not None else {}
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
+        url = self._url or "" if server is None else server.url
+        headers = dict(self._authorization if server is None else bearer(server.token))
+        if body is not None:
+            headers["Content-Type"] = "application/octet-stream"
         return await self._http.request(method, url + path, content=body, headers=headers)
 
     def _where(self, server: LocalServer | None) -> tuple[str, str]:
         if server is not None:
-            return server.url, f"call again, and a new one is started; it said {server.log_tail()}"
+            return server.url, f"call again, and a new one is started; {server.last_words()}"
         return self._url or "this machine", "start it with `rs-model-server`, or check the url"
 
     def _forget(self, server: LocalServer | None) -> None:
@@ -138,6 +143,8 @@ class ModelClient:
         if self._url is not None:
             return None
         async with self._finding:
+            if self._local is not None and not is_process(self._local.pid):
+                self._local = None  # by now its port may be another user's, who would get the tiles
             if self._local is None:
                 server = await asyncio.to_thread(find_or_start, self._weights)
                 await self._wait_until_ready(server)
@@ -150,11 +157,11 @@ class ModelClient:
                 while (await self._http.get(f"{server.url}/ready")).status_code != 200:  # noqa: ASYNC110 - a process
                     await asyncio.sleep(READY_POLL_S)
         except httpx.TransportError as error:
-            raise ServerUnavailable(f"the local model server ended while it started: {server.log_tail()}") from error
+            raise ServerUnavailable(f"the local model server ended while it started: {server.last_words()}") from error
         except TimeoutError as error:
             raise ServerUnavailable(
                 f"the local model server is not ready after {READY_S} s; call again if it is still loading: "
-                f"{server.log_tail()}"
+                f"{server.last_words()}"
             ) from error
 
 
@@ -172,7 +179,7 @@ def _checked(response: httpx.Response) -> httpx.Response:
         return response
     message = _message(response)
     if response.status_code in (429, 503):
-        wait_s = float(response.headers.get("Retry-After", 1))
+        wait_s = retry_after_s(response, BUSY_S)
         raise ServerBusy(f"the model server is busy: {message}; call again in {wait_s:.0f} s", wait_s)
     if response.status_code == 401:
         message = f"{message}: give the token of the server at {response.url.host}"

@@ -14,8 +14,10 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import secrets
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -28,11 +30,13 @@ from pydantic import BaseModel, ValidationError
 
 from model_server import protocol
 from rs_tools.errors import ServerUnavailable
-from rs_tools.user_folder import user_folder
+from rs_tools.user_folder import make_user_folder, user_folder
 
 IDLE_EXIT_S = 15 * 60
 ANNOUNCE_S = 60  # on a loaded machine or a slow disk; a process that ends is noticed at once
 PROBE_S = 10
+# Lines of its log that do not tell why it ended: what went well, and calls that were refused.
+_ROUTINE = re.compile(r"[-\d]+ [:,\d]+ (?:(?:DEBUG|INFO) |\w+ model_server\.http\.request_log )")
 
 
 class LocalServer(BaseModel):
@@ -43,8 +47,9 @@ class LocalServer(BaseModel):
     pid: int
     log: Path
 
-    def log_tail(self) -> str:
-        return _tail(self.log)
+    def last_words(self) -> str:
+        """How it ended, as far as that is known, and what its log says of it."""
+        return _last_words(self.log, self.pid)
 
 
 def find_or_start(weights: str | None) -> LocalServer:
@@ -53,7 +58,7 @@ def find_or_start(weights: str | None) -> LocalServer:
     Blocks: at once when it runs, otherwise about the start of a Python process, at most `ANNOUNCE_S`.
 
     Raises:
-        ServerUnavailable: it cannot be started, or does not answer though its process lives.
+        ServerUnavailable: it cannot be started or remembered, or does not answer though its process lives.
     """
     if sys.platform == "win32":
         raise ServerUnavailable(
@@ -62,31 +67,42 @@ def find_or_start(weights: str | None) -> LocalServer:
         )
     directory = state_dir()
     state = state_file(weights)
-    with _lock(directory):
-        running = read_state(state)
-        if running is not None and answers(running):
-            return running
-        _sweep(directory, state)
-        server = _start(weights, state.with_suffix(".log"))
-        _write(state, server)
-        return server
+    try:
+        with _lock(directory):
+            running = read_state(state)
+            if running is not None and answers(running):
+                return running
+            _sweep(directory, state)
+            server = _start(weights, state.with_suffix(".log"))
+            try:
+                _write(state, server)
+            except OSError:
+                unknown = _children.pop()  # nobody would find it
+                unknown.kill()
+                unknown.wait()
+                raise
+            return server
+    except OSError as error:
+        raise ServerUnavailable(
+            f"no state of the local model server can be kept in {directory} ({error.strerror}): make room there, or "
+            "set RS_PERCEPTION_STATE to a folder that you own"
+        ) from error
 
 
 def state_dir() -> Path:
     """The user's folder for state files, made where it is missing. Only the user may enter it."""
-    directory = user_folder()
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory = make_user_folder()
         status = directory.stat()
     except OSError as error:
         raise ServerUnavailable(
-            f"no state of the local model server can be kept in {directory} ({error.strerror}): "
+            f"no state of the local model server can be kept in {user_folder()} ({error.strerror}): "
             "set RS_PERCEPTION_STATE to a folder that you own"
         ) from error
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise ServerUnavailable(
             f"{directory} can be written by others, who could put a server of their own in the place of yours: "
-            "set RS_PERCEPTION_STATE to a folder that only you may write"
+            f"chmod 700 {directory}, or set RS_PERCEPTION_STATE to a folder that only you may write"
         )
     return directory
 
@@ -133,11 +149,13 @@ def _write(state: Path, server: LocalServer) -> None:
 
 
 def answers(server: LocalServer) -> bool:
-    """Whether it is alive and itself: after a kill or a reboot another program may hold its port.
+    """Whether it is alive and itself: after a kill or a reboot another program, and another user's, may hold its port.
 
     Raises:
         ServerUnavailable: it accepts calls, and leaves them.
     """
+    if not is_process(server.pid):
+        return False  # whoever answers there only says that it is the server
     try:
         health = httpx.get(f"{server.url}/health", timeout=PROBE_S, trust_env=False).json()
     except httpx.TimeoutException as error:
@@ -160,6 +178,9 @@ def _sweep(directory: Path, wanted: Path) -> None:
 
 
 def is_process(pid: int) -> bool:
+    """Whether it is a living process of this user."""
+    if child := _child(pid):
+        return child.poll() is None
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -171,6 +192,12 @@ def is_process(pid: int) -> bool:
 
 # Servers that this process started: polling them keeps a dead one from staying a zombie.
 _children: list[subprocess.Popen[bytes]] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_children.clear)  # they are the parent's
+
+
+def _child(pid: int) -> subprocess.Popen[bytes] | None:
+    return next((child for child in _children if child.pid == pid), None)
 
 
 def _start(weights: str | None, log: Path) -> LocalServer:
@@ -200,10 +227,14 @@ def _start(weights: str | None, log: Path) -> LocalServer:
         )
     _children.append(process)
     line = _announcement(process, token)
-    if not line:
+    try:
+        url = json.loads(line)["url"]
+    except (ValueError, KeyError, TypeError) as error:
+        said = f"it began with {line.decode(errors='replace')[:100]!r}; `rs-tools doctor` finds what prints that"
+        why = said if line else _last_words(log, process.pid)
         process.kill()
-        raise ServerUnavailable(f"the local model server did not start: {_tail(log)}")
-    return LocalServer(url=json.loads(line)["url"], token=token, pid=process.pid, log=log)
+        raise ServerUnavailable(f"the local model server did not start: {why}") from error
+    return LocalServer(url=url, token=token, pid=process.pid, log=log)
 
 
 def _announcement(process: subprocess.Popen[bytes], token: str) -> bytes:
@@ -219,11 +250,24 @@ def _announcement(process: subprocess.Popen[bytes], token: str) -> bytes:
     return b""
 
 
-def _tail(log: Path) -> str:
-    """The last lines of a log, each cut to what an error message has room for."""
+def _last_words(log: Path, pid: int) -> str:
+    """The last lines of a log that tell of a fault, each cut to what an error message has room for."""
     try:
-        lines = log.read_text(errors="replace").splitlines()[-3:]
+        lines = log.read_text(errors="replace").splitlines()
     except FileNotFoundError:
         lines = []
-    first = [line.split(r"\n", 1)[0][:300] for line in lines]  # our server writes a traceback as one line
-    return f"{' | '.join(first) or 'it said nothing'} (log: {log})"
+    telling = [line for line in lines if line.strip() and not _ROUTINE.match(line)][-3:]
+    first = [line.split(r"\n", 1)[0][:300] for line in telling]  # our server writes a traceback as one line
+    told = f"its log says {' | '.join(first)}" if first else "its log tells of no fault"
+    return f"{_end(pid)}{told} (log: {log})"
+
+
+def _end(pid: int) -> str:
+    """How it ended, where this process started it and that was not of its own accord."""
+    child = _child(pid)
+    status = child.poll() if child else None
+    if not status:
+        return ""
+    if status == -signal.SIGKILL:
+        return "it was killed, as the system does where memory runs out; "
+    return f"it ended by {signal.Signals(-status).name}; " if status < 0 else f"it ended with status {status}; "

@@ -15,6 +15,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from model_server import protocol
+from rs_tools.endpoint import base_url, bearer, through_proxy
 from rs_tools.errors import ServerUnavailable
 
 EMBEDDED = Path(protocol.__file__).parent / "weights" / "nano"
@@ -41,13 +42,16 @@ class Taxonomy(BaseModel):
 class ModelFacts:
     """Facts of the model at `url`, or of the one that a local model server loads from `weights` (None: the embedded).
 
+    `model` is its name where several may be at `url`.
+
     Raises (both methods):
         ServerUnavailable: the server at `url` does not answer, or not as a model server does.
     """
 
-    def __init__(self, url: str | None, token: str | None, weights: str | None) -> None:
-        self._url = url.rstrip("/") if url else None
-        self._token = token
+    def __init__(self, url: str | None, token: str | None, weights: str | None, model: str | None = None) -> None:
+        self._url = base_url(url) if url else None
+        self._authorization = bearer(token)
+        self._model = model
         self._folder = Path(weights).expanduser() if weights else EMBEDDED
         self._said: dict[str, Any] | None = None
 
@@ -55,7 +59,7 @@ class ModelFacts:
         """The classes; empty lists where a checkpoint names none."""
         if self._url is None:
             return await asyncio.to_thread(_taxonomy, self._folder)
-        said = await self._models()
+        said = await self._asked(self._url)
         try:
             return Taxonomy(model=said.get("id", ""), scenes=said.get("taxonomy", []))
         except ValidationError as error:
@@ -64,26 +68,30 @@ class ModelFacts:
     async def card(self) -> str:
         """The model card, Markdown."""
         if self._url is not None:
-            return _described(await self._models())
+            return _described(await self._asked(self._url))
         card = self._folder / "README.md"
         if not card.is_file():
             return f"# {self._folder.name}\n\nThis checkpoint came without a model card.\n"
         with card.open("rb") as file:
             return (await asyncio.to_thread(file.read, MAX_CARD)).decode(errors="replace")
 
-    async def _models(self) -> dict[str, Any]:
+    async def _asked(self, url: str) -> dict[str, Any]:
         """What the server says of its model; asked once, for a server keeps its model."""
         if self._said is None:
-            headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
             try:
-                async with httpx.AsyncClient(timeout=TIMEOUT_S, headers=headers) as client:
-                    response = await client.get(f"{self._url}/v1/models")
-                self._said = dict(response.raise_for_status().json()["data"][0])
+                async with httpx.AsyncClient(
+                    timeout=TIMEOUT_S, headers=self._authorization, trust_env=through_proxy(url)
+                ) as client:
+                    response = await client.get(f"{url}/v1/models")
+                listed = response.raise_for_status().json()["data"]
+                self._said = dict(next(one for one in listed if self._model in (None, one["id"])))
             except httpx.HTTPError as error:
                 raise ServerUnavailable(
-                    f"The model server at {self._url} does not say what it serves ({error}); is it running?"
+                    f"The model server at {url} does not say what it serves ({error}); is it running?"
                 ) from error
-            except (ValueError, KeyError, IndexError, TypeError) as error:
+            except StopIteration as error:
+                raise ServerUnavailable(f"{url} does not list a model {self._model or ''}.") from error
+            except (ValueError, KeyError, TypeError) as error:
                 raise self._strange() from error
         return self._said
 

@@ -44,7 +44,7 @@ from rs_tools.results import (
     VqaResult,
 )
 from rs_tools.scenes import Scenes
-from rs_tools.user_folder import artifacts_folder
+from rs_tools.user_folder import artifacts_folder, make_user_folder
 from rs_tools.wording import answered, captioned, classified, looks_for
 
 if TYPE_CHECKING:  # what makes boxes and masks is imported when one is asked for: the tools must start fast
@@ -341,6 +341,14 @@ class Tools:
         if self._kept_store is None:
             from rs_tools.artifacts.store import ArtifactStore
 
+            if self._artifacts is None:
+                try:
+                    make_user_folder()
+                except OSError as error:
+                    raise ArtifactError(
+                        f"The folder for files of answers cannot be made: {error.strerror} ({error.filename}). Name "
+                        "one for artifacts, or set RS_PERCEPTION_STATE to a folder that you own."
+                    ) from error
             self._kept_store = ArtifactStore(self._artifacts or artifacts_folder())
         return self._kept_store
 

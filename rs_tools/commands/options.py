@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from rs_tools import endpoint
 from rs_tools.errors import InputError
 from rs_tools.upstream.choosing import MODEL_HELP, PROFILE_HELP, Upstream, chosen
 
-Images = Annotated[
 if TYPE_CHECKING:  # what is heavy comes with the first question
     from rs_tools.tools import Tools
 
+Images = Annotated[
     list[Path],
     typer.Argument(
         metavar="IMAGE", help="GeoTIFF, PNG, JPEG, ...; a folder, or a pattern in quotes.", show_default=False
@@ -28,13 +29,13 @@ Region = Annotated[
     tuple[float, float, float, float] | None,
     typer.Option(metavar="X1 Y1 X2 Y2", help="Pixels from the top-left corner; the whole image without it."),
 ]
-Bands = Annotated[
 Bounds = Annotated[
     tuple[float, float, float, float] | None,
     typer.Option(
         metavar="WEST SOUTH EAST NORTH", help="Instead of --region: its place in WGS84 degrees, for any of the images."
     ),
 ]
+Bands = Annotated[
     list[int] | None,
     typer.Option(
         "--band", metavar="N", help="Band to show, from 1: once for grey, or for red, green and blue in turn."
@@ -72,8 +73,8 @@ class View:
     """How each image is looked at, by which model, and how its answer is printed."""
 
     region: Region = None
-    band: Bands = None
     bounds: Bounds = None
+    band: Bands = None
     model_url: ModelUrl = None
     token_file: TokenFile = None
     model: Model = None
@@ -135,14 +136,15 @@ class KnownFilesView(FilesView, KnownView):
 
 
 def read_token(model_url: str | None, file: Path | None) -> str | None:
-    if file is None:
-        return None
-    if model_url is None:
+    """The token of the server at `model_url`, which is looked at too."""
+    if file is not None and model_url is None:
         raise typer.BadParameter("--token-file is for --model-url, which is not given")
     try:
-        return file.read_text().strip()
-    except OSError as error:
-        raise typer.BadParameter(f"--token-file cannot be read: {error}") from error
+        if model_url is not None:
+            endpoint.base_url(model_url)
+        return None if file is None else endpoint.read_token(file)
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:

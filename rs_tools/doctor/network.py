@@ -8,7 +8,6 @@ import ssl
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from rs_tools.doctor.findings import Finding, Setup
@@ -48,11 +47,10 @@ def proxies(setup: Setup) -> Iterator[Finding]:
     if not caught:
         yield Finding("proxies", "ok", f"{shown}, not for this machine; https images are fetched without a proxy")
         return
-    host = urlsplit(setup.model_url or "").hostname
     yield Finding(
         "proxies",
-        "problem" if host in caught else "warning",
-        f"{shown} would also catch calls to {' and '.join(caught)}: of rs-mcp over --http, and of --model-url",
+        "warning",
+        f"{shown} would also catch calls of your client to an rs-mcp --http on {' and '.join(caught)}",
         "export NO_PROXY=localhost,127.0.0.1,::1, also where your client gets its environment from",
     )
 

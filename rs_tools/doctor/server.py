@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rs_tools.doctor.files import is_published, weights_folder
 from rs_tools.doctor.findings import Finding, Setup
+from rs_tools.endpoint import through_proxy
 from rs_tools.upstream.choosing import KEY_VARIABLE
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def remote_server(setup: Setup) -> Iterator[Finding]:
     url = setup.model_url.rstrip("/").removesuffix("/v1")
     token = setup.token if setup.model is None else os.environ.get(KEY_VARIABLE)
     try:
-        yield _remote(_models(url, token, trust_env=True), url, setup)
+        yield _remote(_models(url, token, trust_env=through_proxy(url)), url, setup)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         found = f"{url} does not answer: {type(error).__name__}: {error}"
         yield Finding(CHECK, "problem", found, f"start it there, or mend the address {url}")

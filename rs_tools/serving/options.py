@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rs_tools.errors import AccessError
 from rs_tools.imagery.uploads import UploadedFiles
 from rs_tools.serving.addresses import is_any, is_loopback
-from rs_tools.user_folder import user_folder
+from rs_tools.user_folder import make_user_folder
 
 if TYPE_CHECKING:  # what only HTTP needs is imported when HTTP is served: on stdio the start is awaited
     from rs_tools.serving.http import HttpSettings
@@ -106,8 +107,8 @@ def uploads(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Upl
     from rs_tools.serving.tokens import current_caller
 
     try:
-        return UploadedFiles(options.uploads or user_folder() / "uploads", current_caller)
-    except OSError as error:
+        return UploadedFiles(options.uploads or make_user_folder() / "uploads", current_caller)
+    except (OSError, AccessError) as error:
         parser.error(f"--uploads cannot be made: {error}")
 
 

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rs_tools.endpoint import base_url, bearer
 from rs_tools.errors import InputError
 
 if TYPE_CHECKING:  # asked for by few, and the tools must start fast
@@ -33,19 +34,19 @@ class Upstream:
         from rs_tools.upstream.client import UpstreamClient
         from rs_tools.upstream.profiles import PROFILES
 
-        return UpstreamClient(self.url, self.model, PROFILES[self.profile], os.environ.get(KEY_VARIABLE) or None)
+        return UpstreamClient(self.url, self.model, PROFILES[self.profile], key())
 
-    @property
-    def base(self) -> str:
-        """The address before `/v1`."""
-        return self.url.rstrip("/").removesuffix("/v1")
+
+def key() -> str | None:
+    """The endpoint's key from the environment."""
+    return os.environ.get(KEY_VARIABLE)
 
 
 def chosen(model_url: str | None, model: str | None, profile: str | None, token_file: object = None) -> Upstream | None:
     """None: our own wire.
 
     Raises:
-        InputError: options that do not go together.
+        InputError: options that do not go together, no address, or a key that cannot be sent.
     """
     if model is None:
         if profile is not None:
@@ -58,4 +59,9 @@ def chosen(model_url: str | None, model: str | None, profile: str | None, token_
     name = profile or DEFAULT_PROFILE
     if name not in PROFILE_NAMES:
         raise InputError(f"--profile must be one of {', '.join(PROFILE_NAMES)}, not {name!r}")
+    base_url(model_url)
+    try:
+        bearer(key())
+    except InputError as error:
+        raise InputError(f"{KEY_VARIABLE}: {error}") from error
     return Upstream(model_url, model, name)

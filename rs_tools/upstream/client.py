@@ -28,8 +28,10 @@ from model_server.protocol import (
     TileMasks,
     TileObjects,
     TileVqa,
+    UnitFloat,
 )
 from model_server.text.malformed import MalformedText
+from rs_tools.endpoint import base_url, bearer, retry_after_s, through_proxy
 from rs_tools.errors import InputError, NotServed, ServerBusy, ServerError, ServerUnavailable
 from rs_tools.upstream.choosing import KEY_VARIABLE
 from rs_tools.upstream.profiles import Profile
@@ -45,7 +47,7 @@ _T = TypeVar("_T")
 class _Perception(BaseModel):
     """What our own server says beside its words."""
 
-    confidence: float | None = None
+    confidence: UnitFloat | None = None
     abstained: bool = False
     known: bool | None = None
     alternatives: list[RankedAnswer] = []
@@ -77,19 +79,19 @@ class UpstreamClient:
         profile: how models of its family are asked and read.
         key: sent as bearer token; never logged, and in no error.
         timeout: of one request.
+
+    Raises:
+        InputError: the url is no address, or the key cannot be sent.
     """
 
     def __init__(
         self, url: str, model: str, profile: Profile, key: str | None = None, timeout: httpx.Timeout = TIMEOUT
     ) -> None:
-        self._url = url.rstrip("/")
-        if not self._url.endswith("/v1"):
-            self._url += "/v1"
+        self._url = f"{base_url(url)}/v1"
         self._model = model
         self._profile = profile
         self._timeout = timeout
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.AsyncClient(timeout=timeout, headers=headers)
+        self._http = httpx.AsyncClient(timeout=timeout, headers=bearer(key), trust_env=through_proxy(self._url))
         self._places = asyncio.Semaphore(AT_ONCE)
 
     async def __aenter__(self) -> Self:
@@ -210,7 +212,7 @@ class UpstreamClient:
                 f"{self._url} gave no answer within {self._timeout.read:g} s ({type(error).__name__}): ask for a "
                 "smaller region, or try again"
             ) from error
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise ServerUnavailable(
                 f"{self._url} does not answer ({type(error).__name__}: {error}): check --model-url"
             ) from error
@@ -222,7 +224,7 @@ class UpstreamClient:
             return
         message = _message(response)
         if status in (429, 503):
-            wait_s = _retry_after(response)
+            wait_s = retry_after_s(response, BUSY_S)
             raise ServerBusy(f"{self._url} is busy: {message}; call again in {wait_s:.0f} s", wait_s)
         if status in (401, 403):
             message += f": put the key of the endpoint into the environment variable {KEY_VARIABLE}"
@@ -277,9 +279,3 @@ def _message(response: httpx.Response) -> str:
         return str(response.json()["error"]["message"])[:500]
     except (ValueError, KeyError, TypeError):
         return response.text[:200] or "no reason given"
-
-
-def _retry_after(response: httpx.Response) -> float:
-    """Seconds; a date, which the header may also be, counts as unknown."""
-    given = response.headers.get("Retry-After", "")
-    return min(float(given), 600.0) if given.replace(".", "", 1).isdecimal() else BUSY_S

@@ -15,15 +15,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from processes import REQUESTS, picture
 from scripted import GUILTY, ScriptedPerceiver, tile
 
 from model_server.engine import Engine
-from model_server.protocol import MAX_BODY_BYTES, PerceiveRequest, TileChange
+from model_server.protocol import MAX_BODY_BYTES, SERVICE, PerceiveRequest, TileChange
+from rs_tools import local_server
 from rs_tools.client import ModelClient
-from rs_tools.errors import InputError, NotServed, ServerBusy, ServerError, ServerUnavailable
+from rs_tools.errors import (
+    AccessError,
+    ArtifactError,
+    InputError,
+    NotServed,
+    ServerBusy,
+    ServerError,
+    ServerUnavailable,
+)
+from rs_tools.imagery.access import AccessPolicy
+from rs_tools.local_server import LocalServer, state_dir, state_file
+from rs_tools.model_facts import ModelFacts
+from rs_tools.tools import Tools
+from rs_tools.user_folder import user_folder
 
 CAPTION = PerceiveRequest(task="caption")
 
@@ -161,11 +176,63 @@ async def test_a_server_killed_in_mid_call_is_an_error_at_once_and_the_next_call
         while await captions() == before:
             assert not running.done()
         kill(pid)
-        with pytest.raises(ServerUnavailable, match=r"does not answer.*call again, and a new one is started"):
+        told = r"does not answer.*call again, and a new one is started; its log tells of no fault"
+        with pytest.raises(ServerUnavailable, match=told):
             async with asyncio.timeout(300):
                 await running
         assert (await client.perceive(CAPTION, [picture(1)])).captions
         assert (await client.health())["pid"] != pid
+
+
+def test_of_a_log_only_what_tells_of_a_fault_is_quoted(tmp_path: Path) -> None:
+    server = LocalServer(url="http://127.0.0.1:1", token="", pid=0, log=tmp_path / "log")
+    at = "2026-11-22 09:47:05,040"
+    routine = [
+        f"{at} INFO model_server.app ready load_s=3.05",
+        f"{at} INFO model_server.http.request_log call id=1 method=POST path=/v1/perceive status=200",
+        f"{at} WARNING model_server.http.request_log call id=2 method=POST path=/v1/perceive status=503 error=busy",
+    ]
+    server.log.write_text("\n".join(routine))
+    assert server.last_words() == f"its log tells of no fault (log: {server.log})"
+    telling = [f"{at} WARNING model_server.device out of memory with 4 queries", "terminate called: std::bad_alloc"]
+    server.log.write_text("\n".join([routine[0], telling[0], routine[1], telling[1], routine[2]]))
+    assert server.last_words() == f"its log says {telling[0]} | {telling[1]} (log: {server.log})"
+
+
+def test_how_a_server_ended_that_could_not_log_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    monkeypatch.setattr(local_server, "_children", [process])
+    server = LocalServer(url="http://127.0.0.1:1", token="", pid=process.pid, log=tmp_path / "log")
+    process.kill()
+    process.wait(300)
+    assert server.last_words().startswith("it was killed, as the system does where memory runs out; ")
+
+
+async def test_who_poses_as_a_server_that_has_ended_gets_neither_token_nor_tiles(
+    shared_state: Path, debug_weights: Path
+) -> None:
+    """Another user of this machine, who waits at the port that it had."""
+    heard: list[bytes] = []
+
+    async def pose(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heard.append(await reader.readuntil(b"\r\n\r\n"))
+        health = json.dumps({"service": SERVICE, "pid": pid}).encode()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(health), health))
+        await writer.drain()
+        writer.close()
+
+    async with ModelClient(weights=str(debug_weights)) as client:
+        pid = (await client.health())["pid"]
+        port = httpx.URL(json.loads(only_state(shared_state).read_bytes())["url"]).port
+        kill(pid)
+        async with await asyncio.start_server(pose, "127.0.0.1", port):
+            assert (await client.health())["pid"] != pid
+            only_state(shared_state).write_text(json.dumps({
+                "url": f"http://127.0.0.1:{port}", "token": "t", "pid": pid, "log": str(only_log(shared_state))
+            }))  # fmt: skip
+            async with ModelClient(weights=str(debug_weights)) as another:
+                assert (await another.health())["pid"] != pid
+    assert heard == []
 
 
 async def test_a_spoilt_state_file_is_replaced(shared_state: Path, debug_weights: Path) -> None:
@@ -214,6 +281,66 @@ async def test_a_state_folder_that_others_may_write_is_refused() -> None:
     async with ModelClient() as client:
         with pytest.raises(ServerUnavailable, match="RS_PERCEPTION_STATE"):
             await client.health()
+
+
+@pytest.mark.parametrize("taken", ["lock", "{state}.new"])
+async def test_a_state_that_cannot_be_written_is_an_error_with_advice_and_leaves_no_server(
+    state: Path, debug_weights: Path, taken: str
+) -> None:
+    """As on a full disk or in a home folder that is read only."""
+    os.makedirs(state / taken.format(state=state_file(str(debug_weights)).stem))
+    os.chmod(state, 0o700)
+    async with ModelClient(weights=str(debug_weights)) as client:
+        with pytest.raises(ServerUnavailable, match=r"no state .* can be kept.*RS_PERCEPTION_STATE"):
+            await client.health()
+    assert not [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if str(state) in folder_of(pid)]
+
+
+def folder_of(pid: int) -> str:
+    """Where a living process works."""
+    try:
+        return os.readlink(f"/proc/{pid}/cwd")
+    except OSError:
+        return ""
+
+
+async def test_what_prints_in_place_of_the_address_of_a_server_is_named(
+    state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("print('Welcome to this cluster!')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    async with ModelClient() as client:
+        with pytest.raises(ServerUnavailable, match=r"Welcome to this cluster!.*rs-tools doctor"):
+            await client.health()
+    assert not only_log(state).read_text()
+
+
+def test_folders_of_a_user_whose_files_a_group_may_write_are_the_users_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a umask of 002 the folder of answers, made first, left the folder around it open to the group, and no
+    server was started there any more."""
+    monkeypatch.delenv("RS_PERCEPTION_STATE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = os.umask(0o002)
+    try:
+        with pytest.raises(ArtifactError):  # there is no such file, but the folder is there
+            asyncio.run(Tools(AccessPolicy([tmp_path]), ModelClient()).read_artifact("rs-artifact://none.tif"))
+        assert state_dir().stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(before)
+
+
+def test_a_user_without_a_home_folder_may_name_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under a number without an entry."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)
+    monkeypatch.setenv("RS_PERCEPTION_STATE", str(tmp_path))
+    assert user_folder() == tmp_path
+    monkeypatch.delenv("RS_PERCEPTION_STATE")
+    with pytest.raises(AccessError, match="set RS_PERCEPTION_STATE"):
+        user_folder()
 
 
 async def test_a_url_where_nobody_listens_is_named_in_the_error() -> None:
@@ -353,4 +480,63 @@ async def test_too_many_calls_are_a_busy_server_too() -> None:
     server = await asyncio.start_server(refuse, "127.0.0.1", 0)
     async with server, ModelClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
         with pytest.raises(ServerBusy, match="call again in 3 s"):
+            await client.health()
+
+
+@pytest.mark.parametrize("said", ["Wed, 21 Oct 2026 07:28:00 GMT", "soon", "nan", "-5"])
+async def test_a_busy_server_that_names_no_seconds_is_called_again_soon(said: str) -> None:
+    """As a proxy in front of it may: the header may be a date."""
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"HTTP/1.1 503 Busy\r\nRetry-After: {said}\r\nContent-Length: 4\r\n\r\nwait".encode())
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    async with server, ModelClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
+        with pytest.raises(ServerBusy, match="call again in 1 s") as refusal:
+            await client.perceive(CAPTION, [tile(1)])
+    assert refusal.value.retry_after_s == 1
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8765", "http://host:port", "http://host:99999", "http://[::1", "file:///x"])
+def test_an_address_that_is_none_is_refused_before_anything_is_asked(url: str) -> None:
+    with pytest.raises(InputError, match="is no address of a server: give one such as"):
+        ModelClient(url)
+
+
+@pytest.mark.parametrize("token", ["hush-4711\nhush-4712", "hush-4711 é"])
+def test_a_token_that_no_header_can_carry_is_refused_and_not_quoted(token: str) -> None:
+    with pytest.raises(InputError, match="one line of ASCII") as refusal:
+        ModelClient("http://127.0.0.1:8765", token)
+    assert "hush" not in str(refusal.value)
+
+
+async def test_the_address_may_be_the_one_that_openai_clients_are_given(scripted_url: str) -> None:
+    async with ModelClient(f"{scripted_url}/v1/", token="secret\n") as client:
+        assert (await client.perceive(CAPTION, [tile(7)])).captions[0].caption == "colour 7"
+
+
+async def test_no_proxy_stands_between_this_machine_and_itself(
+    scripted_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    async with ModelClient(scripted_url, token="secret") as client:
+        assert (await client.perceive(CAPTION, [tile(7)])).captions[0].caption == "colour 7"
+    assert (await ModelFacts(scripted_url, "secret", None).taxonomy()).model == "scripted"
+
+
+async def test_an_answer_that_cannot_be_unpacked_is_a_typed_error() -> None:
+    async def garble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\nnone")
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(garble, "127.0.0.1", 0)
+    async with server, ModelClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}") as client:
+        with pytest.raises(ServerUnavailable, match="DecodingError"):
             await client.health()
