@@ -144,7 +144,11 @@ class Reference:
             down, up = down.bfloat16().float(), up.bfloat16().float()
         self.lora[name] = down, up
         scale = self.variant.alpha / self.variant.rank
-        linear.register_forward_hook(lambda _, x, y: y + F.linear(F.linear(x[0], down), up) * scale)
+
+        def beside(_: Any, x: tuple[Tensor, ...], y: Tensor) -> Tensor:
+            return y + F.linear(F.linear(x[0], down), up) * scale
+
+        linear.register_forward_hook(beside)
 
     def _merger(self, _: Any, __: Any, output: Tensor) -> None:
         self.kept["merger_out_window_order"] = output.clone()
