@@ -50,6 +50,7 @@ class Call:
         known: embeddings of the place, where the caller named some.
         response: the model's last one.
         said: the model server's warnings, each once, in order.
+        in_degrees: what the region would be if degrees were meant.
     """
 
     scene: Scene
@@ -60,6 +61,7 @@ class Call:
     known: Knowledge | None = None
     response: PerceiveResponse | None = None
     said: dict[str, None] = field(default_factory=dict)
+    in_degrees: str = ""
 
     def heard(self, response: PerceiveResponse) -> None:
         self.response = response
@@ -180,7 +182,8 @@ def _look_warnings(call: Call, seen: Seen) -> list[str]:
         warnings.append("The region is of one uniform colour; there is little to see in it.")
     x1, y1, x2, y2 = call.region
     if max(x2 - x1, y2 - y1) <= _SPECK < max(scene.width, scene.height):
-        warnings.append(f"The region is {x2 - x1} x {y2 - y1} pixels; regions are in pixels, not in degrees.")
+        size = f"{x2 - x1} x {y2 - y1}"
+        warnings.append(f"The region is {size} pixels; regions are in pixels, not in degrees.{call.in_degrees}")
     plan = looks.finest
     if looks.coarsened:
         warnings.append(

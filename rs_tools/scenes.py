@@ -57,9 +57,8 @@ class Scenes:
             scene = self.scene(image, bands)
             checked = scene.region(region)
             looks = plan(checked, gsd_m_of(scene, checked))
-            return Call(
-                scene, looks, started, dense=plan is look_densely, known=self._known(embeddings, scene, region)
-            )
+            known, in_degrees = self._known(embeddings, scene, region), scene.in_degrees(region)
+            return Call(scene, looks, started, dense=plan is look_densely, known=known, in_degrees=in_degrees)
 
         return await asyncio.to_thread(planned)
 
@@ -75,7 +74,8 @@ class Scenes:
             earlier = self.scene(before, bands)
             checked = earlier.region(region)
             looks = look_densely(checked, gsd_m_of(earlier, checked))
-            return Call(earlier, looks, started, Pair.of(earlier, self.scene(after, bands)), dense=True)
+            pair = Pair.of(earlier, self.scene(after, bands))
+            return Call(earlier, looks, started, pair, dense=True, in_degrees=earlier.in_degrees(region))
 
         return await asyncio.to_thread(planned)
 

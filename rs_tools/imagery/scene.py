@@ -20,6 +20,7 @@ from rasterio.io import DatasetReader
 from rasterio.windows import Window
 
 from rs_tools.errors import ImageError, RegionError
+from rs_tools.geometry.extents import pixels_within
 from rs_tools.geometry.measures import Georeference
 from rs_tools.imagery.access import AccessPolicy, Source, Stamp, stamp_of
 from rs_tools.imagery.bands import BandChoice, BandInfo, choose_bands, guess_modality
@@ -173,8 +174,18 @@ class Scene:
         right, bottom = min(self.width, math.ceil(x2)), min(self.height, math.ceil(y2))
         beyond = max(-x1, -y1, x2 - self.width, y2 - self.height)
         if beyond > _ROUNDING or left >= right or top >= bottom:
-            raise RegionError(f"The region {list(region)} is not inside the image. {rule}")
+            raise RegionError(f"The region {list(region)} is not inside the image. {rule}{self.in_degrees(region)}")
         return left, top, right, bottom
+
+    def in_degrees(self, region: Sequence[float]) -> str:
+        """What a region is in pixels if degrees were meant, as a sentence; empty where they cannot have been."""
+        if self.georeference is None:
+            return ""
+        try:
+            found = pixels_within(self.georeference, self.width, self.height, region)
+        except RegionError:
+            return ""
+        return f" Meant as [west, south, east, north] in degrees, it is [{', '.join(f'{side:.0f}' for side in found)}]."
 
     def read(self, region: Region, out_size: tuple[int, int]) -> Pixels:
         """Read one window, decimated while reading so that memory follows `out_size` and not the region.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -173,13 +174,31 @@ async def test_a_sliver_of_a_region_still_has_a_pixel(tools: Tools, client: Scri
     assert {tile.shape[0] for tile in client.tiles} == {1}
 
 
-async def test_degrees_given_as_a_region_are_told_to_be_a_few_pixels(tools: Tools, tmp_path: Path) -> None:
+async def test_degrees_given_as_a_region_are_told_to_be_a_few_pixels_and_which_ones_they_mean(
+    tools: Tools, tmp_path: Path
+) -> None:
     write(tmp_path / "here.tif", noise(3, 60, 80), photometric="RGB", crs="EPSG:32633", transform=UTM)
     told = "The region is 1 x 1 pixels; regions are in pixels, not in degrees."
-    assert told in (await tools.caption("here.tif", [13.73, 45.14, 13.74, 45.15])).warnings
-    assert told not in (await tools.caption("here.tif", [13, 45, 16, 47])).warnings
+    [said] = [
+        text for text in (await tools.caption("here.tif", [13.731, 45.142, 13.735, 45.145])).warnings if told in text
+    ]
+    [region] = re.findall(r"Meant as \[west, south, east, north\] in degrees, it is \[(.+)\]\.", said)
+    assert [float(side) for side in region.split(", ")] == pytest.approx([24, 16, 55, 49], abs=2)
+    warned = (await tools.caption("here.tif", [13, 45, 16, 47])).warnings
+    assert not any("degrees" in text for text in warned)
     write(tmp_path / "dot.tif", noise(3, 1, 1), photometric="RGB")
     assert told not in (await tools.caption("dot.tif")).warnings
+
+
+async def test_degrees_that_are_no_pixels_are_refused_with_the_pixels_that_they_mean(
+    tools: Tools, tmp_path: Path
+) -> None:
+    west = Affine(0.001, 0, -70, 0, -0.001, -33)
+    write(tmp_path / "west.tif", noise(3, 60, 80), photometric="RGB", crs="EPSG:4326", transform=west)
+    with pytest.raises(RegionError, match=r"not inside the image.*in degrees, it is \[10, 20, 30, 50\]\."):
+        await tools.caption("west.tif", [-69.99, -33.05, -69.97, -33.02])
+    with pytest.raises(RegionError, match=r"or nothing for the whole\.$"):
+        await tools.caption("west.tif", [-60, -33.05, -59, -33.02])
 
 
 async def test_explicit_bands_are_what_the_model_sees(tools: Tools, client: ScriptedClient, tmp_path: Path) -> None:
