@@ -12,8 +12,8 @@ from rs_tools.errors import InputError
 from rs_tools.results import Modality
 
 # Red, green, blue of the products that most often have this many bands and no names:
-# 3-4 RGB(N) aerial; 5-6 and 9-11 blue first (RapidEye, Landsat TM, Sentinel-2 without 60 m bands); 7 Landsat 8-9
-# surface reflectance; 8 WorldView; 12-13 Sentinel-2. Beyond that nothing is common.
+# 3-4 RGB(N) aerial, but see below; 5-6 and 9-11 blue first (RapidEye, Landsat TM, Sentinel-2 without 60 m bands);
+# 7 Landsat 8-9 surface reflectance; 8 WorldView; 12-13 Sentinel-2. Beyond that nothing is common.
 _DEFAULT_RGB: dict[int, tuple[int, int, int]] = {
     3: (1, 2, 3),
     4: (1, 2, 3),
@@ -27,6 +27,8 @@ _DEFAULT_RGB: dict[int, tuple[int, int, int]] = {
     12: (4, 3, 2),
     13: (4, 3, 2),
 }
+# Four of more than eight bits are a satellite's: PlanetScope, WorldView, Sentinel-2 at 10 m.
+_FOUR_OF_SATELLITES = (3, 2, 1)
 _POLARISATIONS = {"vv", "vh", "hh", "hv"}
 _SAR_WORDS = _POLARISATIONS | {"sar", "sigma0", "gamma0", "beta0", "backscatter", "s1a", "s1b", "s1c", "sentinel1"}
 _ELEVATION_WORDS = {"dem", "dsm", "dtm", "elevation", "height", "altitude", "srtm", "chm"}
@@ -157,6 +159,8 @@ def _by_count(bands: Sequence[BandInfo]) -> BandChoice:
     if len(bands) <= 2:
         return BandChoice((bands[0].index,), declared=False)
     positions = _DEFAULT_RGB.get(len(bands), (1, 2, 3))
+    if len(bands) == 4 and bands[0].dtype != "uint8":
+        positions = _FOUR_OF_SATELLITES
     chosen = tuple(bands[position - 1].index for position in positions)
     warning = (
         f"The file does not say which of its bands are colours; {_listed(chosen)} are shown as red, green, blue. "

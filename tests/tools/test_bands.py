@@ -53,6 +53,15 @@ def test_descriptions_choose_the_bands(tmp_path: Path, descriptions: list[str], 
     assert bands_of(path) == chosen
 
 
+@pytest.mark.parametrize(("dtype", "chosen"), [("uint8", (1, 2, 3)), ("uint16", (3, 2, 1)), ("float32", (3, 2, 1))])
+def test_four_bands_without_names_are_an_aerial_cameras_in_eight_bits_and_a_satellites_in_more(
+    tmp_path: Path, dtype: str, chosen: tuple[int, ...]
+) -> None:
+    scene = opened(write(tmp_path / "a.tif", noise(4, 9, 9).astype(dtype), photometric="MINISBLACK"))
+    assert scene.choice.indexes == chosen
+    assert any("does not say which of its bands are colours" in warning for warning in scene.warnings)
+
+
 def test_bands_without_names_get_a_default_and_a_warning(tmp_path: Path) -> None:
     scene = opened(write(tmp_path / "a.tif", noise(6, 9, 9), photometric="MINISBLACK"))
     assert scene.choice.indexes == (3, 2, 1)
