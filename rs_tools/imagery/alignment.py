@@ -95,7 +95,7 @@ class Pair:
         warnings = [*_modality_warnings(before, after), *_place_warnings(before, after)]
         if (before.stretch.kind == "none") != (after.stretch.kind == "none"):
             warnings.append(
-                f"One image is shown as it is and the other stretched ({before.stretch.kind} and {after.stretch.kind}), "
+                f"One image is shown as it is, the other stretched ({before.stretch.kind} and {after.stretch.kind}), "
                 "so that ground that has not changed may look as if it had. Give both in one number format."
             )
         share = _overlap_share(before, after)

@@ -87,8 +87,6 @@ class BandReader:
         self._bands = list(choice.indexes)
         first = self._bands[0] - 1
         kind = dataset.dtypes[first]
-        # Other numbers may hold what stands for missing pixels undeclared, which GDAL would average with the rest.
-        self._integers = kind.startswith("uint") or kind == "int8"
         palette = dataset.colorinterp[first].name == "palette"
         self._resampling = Resampling.nearest if palette else Resampling.average
         self._dtype = np.dtype(np.uint8 if eight_bit(dataset, choice) else np.float32)
@@ -96,7 +94,9 @@ class BandReader:
         flags = dataset.mask_flag_enums
         self._complete = all(MaskFlags.all_valid in flags[index - 1] for index in self._bands)
         missing = [dataset.nodatavals[index - 1] for index in self._bands]
-        self._fills = _FILLS if all(value is None for value in missing) else ()
+        self._fills = _FILLS if all(value is None for value in missing) and not kind.startswith("uint") else ()
+        # Fill values would be averaged with the rest by GDAL, which does not know of them.
+        self._integers = "int" in kind and not kind.startswith("complex") and not self._fills
         self._rule = _rule(dataset, choice)
         with np.errstate(over="ignore"):  # of float64
             numbers = np.array([np.nan if value is None else value for value in missing], np.float32)
@@ -109,10 +109,10 @@ class BandReader:
     def read(self, window: Window, out_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Band values [C, H, W], uint8 as they are and others as float32, and validity bool [H, W] of a window.
 
-        What the file declares as scale and offset of its numbers is applied. Unsigned integers are averaged by GDAL,
-        which leaves out nodata; a palette keeps its exact values. GDAL does not leave out NaN and fill values that the
-        file does not declare, nor can it take the magnitude of complex values, so all others are averaged here.
-        Validity is not to be written to: without missing pixels it is one row in memory.
+        What the file declares as scale and offset of its numbers is applied. Integers are averaged by GDAL, which
+        leaves out nodata; a palette keeps its exact values. GDAL does not leave out NaN and fill values that the file
+        does not declare, nor can it take the magnitude of complex values, so all others are averaged here. Validity is
+        not to be written to: without missing pixels it is one row in memory.
         """
         # Each pixel's bands side by side, as pictures are wanted and as most files have them.
         values = np.empty((out_size[1], out_size[0], len(self._bands)), self._dtype).transpose(2, 0, 1)
