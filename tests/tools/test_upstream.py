@@ -13,15 +13,21 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
+from mcp import Client
+from mcp.types import TextResourceContents
 from PIL import Image
+from rasters import BUNDLED
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from mcp_server import build_server
 from model_server.app import bind
 from model_server.protocol import PerceiveRequest, PerceiveResponse
 from rs_tools.errors import InputError, NotServed, ServerBusy, ServerError, ServerUnavailable
+from rs_tools.imagery.access import AccessPolicy
+from rs_tools.mcp.resources import MODEL_CARD
 from rs_tools.upstream.choosing import KEY_VARIABLE, PROFILE_NAMES, chosen
 from rs_tools.upstream.client import UpstreamClient
 from rs_tools.upstream.profiles import PROFILES
@@ -60,6 +66,10 @@ class Endpoint:
         choice = {"index": 0, "message": message, "finish_reason": self.finish}
         return JSONResponse({"id": "x", "object": "chat.completion", "model": "sees", "choices": [choice]})
 
+    async def models(self, request: Request) -> Response:
+        self.keys.append(request.headers.get("authorization"))
+        return JSONResponse({"object": "list", "data": [{"id": "another"}, {"id": "eye"}]})
+
     def prompt(self, index: int = 0) -> str:
         return self.asked[index]["messages"][0]["content"][-1]["text"]
 
@@ -71,7 +81,8 @@ class Endpoint:
 @pytest.fixture
 async def endpoint() -> AsyncIterator[Endpoint]:
     endpoint = Endpoint()
-    app = Starlette(routes=[Route("/v1/chat/completions", endpoint.complete, methods=["POST"])])
+    routes = [Route("/v1/chat/completions", endpoint.complete, methods=["POST"]), Route("/v1/models", endpoint.models)]
+    app = Starlette(routes=routes)
     sock = bind("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
     serving = asyncio.create_task(server.serve(sockets=[sock]))
@@ -260,6 +271,8 @@ def failed(status: int, **headers: str) -> Response:
         (Response("<html>login</html>", 200), ServerError, "chat completions"),
         (JSONResponse({"choices": []}), ServerError, "no answer"),
         (JSONResponse([1]), ServerError, "chat completions"),
+        (JSONResponse({"choices": [{"message": {}}], "perception": {"confidence": 7}}), ServerError, "completions"),
+        (Response("none", headers={"Content-Encoding": "gzip"}), ServerUnavailable, "DecodingError"),
     ],
 )
 async def test_failures_of_the_endpoint_are_typed(
@@ -336,3 +349,33 @@ async def test_the_key_comes_from_the_environment(endpoint: Endpoint, monkeypatc
     async with upstream.open() as client:
         await client.perceive(CAPTION, [TILE])
     assert endpoint.keys == ["Bearer from-environment"]
+
+
+def test_a_key_that_no_header_can_carry_is_refused_and_not_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "sk-hush\nsk-other")
+    with pytest.raises(InputError, match=f"{KEY_VARIABLE}: .* one line of ASCII") as refusal:
+        chosen("http://127.0.0.1:1", "eye", None)
+    assert "hush" not in str(refusal.value)
+
+
+async def test_no_proxy_stands_between_this_machine_and_itself(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert (await ask(endpoint, CAPTION)).captions
+
+
+async def test_the_card_of_an_endpoint_is_that_of_the_model_that_was_chosen(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several, asked with the key."""
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    server = build_server(AccessPolicy([BUNDLED]), upstream=chosen(f"{endpoint.url}/v1", "eye", None))
+    async with Client(server) as client:
+        [card] = (await client.read_resource(MODEL_CARD)).contents
+    assert isinstance(card, TextResourceContents)
+    assert card.text.startswith("# eye")
+    assert endpoint.keys == [f"Bearer {KEY}"]
