@@ -53,7 +53,10 @@ def command(
     if find_spec("ray") is None:
         raise typer.BadParameter("Ray is not installed: pip install 'rs-perception[ray]'")
     sock, token = listen(host, port, token_file)
-    connect(address)
+    try:
+        connect(address)
+    except ConnectionError as error:
+        raise typer.BadParameter(f"no Ray cluster answers at {address}: {error}") from error
     end_on_signals()  # Ray has set its own
     from model_server.replicas.serving import Plan, ServeReplicas
 
