@@ -80,6 +80,8 @@ class JwtVerifier:
         return next(iter(ours or named), None)
 
     async def _key(self, kid: str | None) -> jwt.PyJWK | None:
+        if kid in self._keys and time.monotonic() - self._fetched <= KEYS_FRESH_S:
+            return self._keys[kid]  # and does not wait while keys are fetched for a token that names another
         async with self._lock:
             age = time.monotonic() - self._fetched
             if age > KEYS_FRESH_S or (kid not in self._keys and age > KEYS_AGAIN_S):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hmac
 import http.server
@@ -18,6 +19,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from http_processes import Service, running_service
 from jwt.algorithms import ECAlgorithm, RSAAlgorithm
+
+from rs_tools.serving import oauth
+from rs_tools.serving.oauth import JwtVerifier
 
 SCENE = "itaipu_landsat8.tif"
 RESOURCE = "https://rs.example.org/mcp"
@@ -165,6 +169,30 @@ def test_a_token_that_the_issuer_did_not_sign_is_refused(service: Service, issue
     confused = f"{said}.{_encoded(hmac.digest(public, said.encode(), 'sha256'))}"
     for token in (forged, unsigned, confused, tampered, f"{head}.{claims}.", "a.b.c", "no-jwt-at-all"):
         assert service.post(token=token).status_code == 401, token
+
+
+async def test_a_token_of_a_known_key_does_not_wait_while_a_strange_one_makes_a_slow_issuer_be_asked(
+    issuer: AuthorizationServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody can send a strange one."""
+    verifier = JwtVerifier(issuer.issuer, RESOURCE)
+    assert await verifier.verify_token(issuer.token()) is not None
+    asked, answered = asyncio.Event(), asyncio.Event()
+
+    async def slow() -> dict[str | None, jwt.PyJWK]:
+        asked.set()
+        await answered.wait()
+        return {}
+
+    monkeypatch.setattr(oauth, "KEYS_AGAIN_S", -1.0)
+    monkeypatch.setattr(verifier, "_fetch", slow)
+    strange = jwt.encode({"sub": "mallory"}, issuer.keys["ec"], "ES256", headers={"kid": "strange"})
+    refused = asyncio.create_task(verifier.verify_token(strange))
+    await asked.wait()
+    async with asyncio.timeout(60):
+        assert await verifier.verify_token(issuer.token()) is not None
+    answered.set()
+    assert await refused is None
 
 
 async def test_keys_that_the_issuer_adds_are_fetched_and_strange_ones_do_not_make_it_be_asked_each_time(
