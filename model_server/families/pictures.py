@@ -113,6 +113,7 @@ def clip_processing(path: Path, defaults: Processing) -> Processing:
     raw = read_json(path)
     for step in ("do_resize", "do_rescale", "do_normalize"):
         require(raw, step, [True, None], path.name)
+    require(raw, "do_pad", [False, None], path.name)
     if abs(raw.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
         raise UnsupportedLayout(f"{path} has rescale_factor = {raw['rescale_factor']}; supported is 1 / 255")
     size, crop = raw.get("size", defaults.size), raw.get("crop_size", defaults.size)

@@ -21,6 +21,7 @@ from model_server.checkpoints.verify import verify
 from model_server.families.pictures import Processing, clip_processing
 from model_server.model.config import QwenVisionConfig, QwenVLConfig
 from model_server.model.llava import IMAGE
+from model_server.model.merging import TilesDoNotFit, merge_tiles
 
 ORACLES = Path(__file__).parent / "oracles"
 TEXT: dict[str, Any] = {"vocab_size": 20, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 40}
@@ -118,6 +119,24 @@ def test_a_tied_head_that_is_another_than_the_embedding_is_refused(copied: Calla
     save_file({**tensors, "lm_head.weight": head + 1}, folder / "model.safetensors")
     with pytest.raises(UnsupportedLayout, match="tie_word_embeddings"):
         rsunivlm.load(folder)
+
+
+def test_a_sequence_with_an_image_is_cut_at_the_configs_length_and_text_alone_is_not(
+    copied: Callable[[str], Path],
+) -> None:
+    model, _ = rsunivlm.load(copied("rsunivlm") / "checkpoint", overrides={"tokenizer_model_max_length": 6})
+    ids = torch.arange(3, 12)
+    with torch.no_grad():
+        encoded = model.encode([torch.zeros(1, 3, 18, 18)])
+        assert model.prompt([ids], [[]]).real.sum(1).tolist() == [9]
+        shown = torch.cat((torch.tensor([IMAGE]), ids))
+        assert model.prompt([shown, ids], [encoded, []]).real.sum(1).tolist() == [6, 6]
+
+
+def test_tiles_of_a_tower_with_another_grid_of_tokens_are_refused_in_words() -> None:
+    merge = rsunivlm.merge_config({"mm_patch_merge_type": "spatial_unpad", "image_aspect_ratio": "pad"})
+    with pytest.raises(TilesDoNotFit, match="a tile has 16 tokens; tiles are put together of 27 x 27"):
+        merge_tiles(torch.zeros(5, 16, 2), (60, 60), merge, torch.zeros(2))
 
 
 # --- towers and detail views -----------------------------------------------------------------------------------------
@@ -298,8 +317,10 @@ def test_limits_of_pixels_are_read_in_newer_and_older_form_and_bear_on_the_squar
 
 
 @pytest.mark.parametrize(
-    "fields", [{"do_normalize": False}, {"do_resize": False}, {"rescale_factor": 1.0}, {"do_center_crop": False}]
-)
+    "fields",
+    [{"do_normalize": False}, {"do_resize": False}, {"do_pad": True}, {"rescale_factor": 1.0},
+     {"do_center_crop": False}],
+)  # fmt: skip
 def test_a_clips_pictures_processed_otherwise_are_refused_by_the_key(tmp_path: Path, fields: dict[str, Any]) -> None:
     path, plain = tmp_path / "preprocessor_config.json", Processing(size=28, mean=(0.5,) * 3, std=(0.5,) * 3)
     path.write_text(json.dumps({"size": {"shortest_edge": 28}, **fields}))
