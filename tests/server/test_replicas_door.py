@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import typer
 from chats import data_url, user
 from safetensors.numpy import save
 from scripted import ScriptedPerceiver, tile
@@ -19,6 +20,7 @@ from model_server.engine import Engine, EngineNotReady
 from model_server.http.api import create_app
 from model_server.http.entry import Entry
 from model_server.protocol import PerceiveRequest, decode_response, encode_request
+from model_server.replicas import __main__ as replicas
 from model_server.replicas.calls import AllBusy, Answer, Call, ReplicaLost
 from model_server.replicas.digest import NATIVE, image_of
 from model_server.replicas.door import create_door
@@ -258,3 +260,14 @@ async def test_ready_health_and_metrics_speak_of_the_replicas(http: httpx.AsyncC
     assert "Retry-After" in unready.headers
     assert (await http.get("/health")).json()["ready"] is False
     assert (await http.get("/metrics")).status_code == 200
+
+
+def test_without_ray_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas, "find_spec", lambda name: None)
+    with pytest.raises(typer.BadParameter, match=r"pip install 'rs-perception\[ray\]'"):
+        replicas.command()
+
+
+def test_fewer_replicas_at_most_than_at_least_are_refused() -> None:
+    with pytest.raises(typer.BadParameter, match="--max is 1, fewer than the 2 of --min"):
+        replicas.command(least=2)
