@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from model_server.checkpoints.files import read_json
 from model_server.checkpoints.hub import locate
-from model_server.checkpoints.published import read_json
 from model_server.perceiver import DEFAULT_WEIGHTS, Perceiver
 from model_server.precision import Precision
 from model_server.resident import Resident

@@ -12,8 +12,8 @@ import torch
 
 from model_server.checkpoints.adapters import fusar
 from model_server.checkpoints.adapters.fusar_inputs import PromptWriter
+from model_server.checkpoints.files import read_json
 from model_server.checkpoints.hub import companion
-from model_server.checkpoints.published import read_json
 from model_server.families.asking import Opened
 from model_server.families.dialect import WordDialect
 from model_server.families.qwen_speaker import QwenSpeaker

@@ -10,8 +10,8 @@ import torch
 
 from model_server.checkpoints.adapters import llava
 from model_server.checkpoints.adapters.mfrsvlm import CLIP_MEAN
+from model_server.checkpoints.files import read_json
 from model_server.checkpoints.hub import companion
-from model_server.checkpoints.published import read_json
 from model_server.families import mfrsvlm
 from model_server.families.asking import Opened
 from model_server.families.llava_speaker import LlavaSpeaker, PromptText

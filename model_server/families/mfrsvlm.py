@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from model_server.checkpoints.adapters import mfrsvlm
+from model_server.checkpoints.files import read_json
 from model_server.checkpoints.hub import companion
-from model_server.checkpoints.published import read_json
 from model_server.families.asking import Opened
 from model_server.families.dialect import WordDialect
 from model_server.families.llava_speaker import LlavaSpeaker

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model_server.checkpoints.published import UnsupportedLayout, read_json, require
+from model_server.checkpoints.files import read_json
+from model_server.checkpoints.published import UnsupportedLayout, require
 from model_server.model.config import MergeConfig
 from model_server.model.merging import best_grid
 

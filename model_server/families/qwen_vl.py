@@ -9,7 +9,7 @@ import torch
 
 from model_server.checkpoints.adapters import qwen_vl
 from model_server.checkpoints.adapters.fusar_inputs import MOST, PromptWriter, native_size
-from model_server.checkpoints.published import read_json
+from model_server.checkpoints.files import read_json
 from model_server.families.asking import Opened
 from model_server.families.plain import PlainDialect
 from model_server.families.qwen_speaker import QwenSpeaker

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from model_server.checkpoints.adapters import rsunivlm
-from model_server.checkpoints.published import read_json
+from model_server.checkpoints.files import read_json
 from model_server.families.asking import Opened, Said
 from model_server.families.dialect import WordDialect
 from model_server.families.llava_speaker import LlavaSpeaker

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from model_server.checkpoints.published import read_json, repetition_penalty, require
+from model_server.checkpoints.files import read_json
+from model_server.checkpoints.published import repetition_penalty, require
 from model_server.checkpoints.store import WeightsError
 from model_server.model.llava import IMAGE
 

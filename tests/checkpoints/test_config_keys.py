@@ -15,7 +15,8 @@ from torch import Tensor
 
 from model_server.checkpoints.adapters import fusar, llava, mfrsvlm, rsunivlm
 from model_server.checkpoints.adapters.fusar_inputs import PromptWriter
-from model_server.checkpoints.published import UnsupportedLayout, decoder_config, feature_layer, open_tensors
+from model_server.checkpoints.files import open_tensors
+from model_server.checkpoints.published import UnsupportedLayout, decoder_config, feature_layer
 from model_server.checkpoints.store import WeightsError
 from model_server.checkpoints.verify import verify
 from model_server.families.pictures import Processing, clip_processing

@@ -15,25 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model_server.checkpoints.files import Tensors, held, open_tensors, read_json, unpickled
 from model_server.checkpoints.published import (
     LayoutError,
     Piece,
     Plan,
     Report,
-    Tensors,
     UnsupportedLayout,
     decoder_config,
     decoder_plan,
     empty,
     fill,
-    held,
     need,
-    open_tensors,
-    read_json,
     require,
     rope_config,
     tied_head,
-    unpickled,
 )
 from model_server.checkpoints.spread import Spread
 from model_server.checkpoints.store import WeightsError

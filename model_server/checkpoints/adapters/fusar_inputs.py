@@ -14,7 +14,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model_server.checkpoints.published import UnsupportedLayout, read_json, require
+from model_server.checkpoints.files import read_json
+from model_server.checkpoints.published import UnsupportedLayout, require
 from model_server.checkpoints.store import WeightsError
 from model_server.model.config import QwenVisionConfig, QwenVLConfig
 

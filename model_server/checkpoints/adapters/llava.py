@@ -16,17 +16,15 @@ import torch
 from model_server.checkpoints.adapters.mfrsvlm import CLIP, UNUSED
 from model_server.checkpoints.adapters.mfrsvlm import plan as clip_llama_plan
 from model_server.checkpoints.adapters.mfrsvlm import tower_of as tower_of
+from model_server.checkpoints.files import Tensors, open_tensors, read_json
 from model_server.checkpoints.published import (
     LayoutError,
     Report,
-    Tensors,
     decoder_config,
     empty,
     feature_layer,
     fill,
     need,
-    open_tensors,
-    read_json,
     require,
     tied_head,
     vit_config,

@@ -10,7 +10,8 @@ import torch
 
 from model_server.checkpoints.adapters.fusar import base_tensors, read_base_config
 from model_server.checkpoints.adapters.fusar import plan as base_plan
-from model_server.checkpoints.published import LayoutError, Report, empty, fill, read_json, tied_head
+from model_server.checkpoints.files import read_json
+from model_server.checkpoints.published import LayoutError, Report, empty, fill, tied_head
 from model_server.checkpoints.spread import Spread
 from model_server.model.qwen_vl import QwenVLM
 

@@ -15,21 +15,19 @@ from typing import Any
 
 import torch
 
+from model_server.checkpoints.files import Tensors, open_tensors, read_json
 from model_server.checkpoints.published import (
     LayoutError,
     Piece,
     Plan,
     Report,
-    Tensors,
     UnsupportedLayout,
     decoder_config,
     decoder_plan,
     empty,
     fill,
     need,
-    open_tensors,
     projector_plan,
-    read_json,
     require,
     tied_head,
     tower_folder,

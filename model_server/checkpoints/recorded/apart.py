@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model_server.checkpoints.adapters.fusar import LowRank
-from model_server.checkpoints.published import Plan, Tensors
+from model_server.checkpoints.files import Tensors
+from model_server.checkpoints.published import Plan
 from model_server.model.decoder import Block
 from model_server.model.vit import ViTLayer
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model_server.checkpoints.adapters import mfrsvlm
-from model_server.checkpoints.published import Report, read_json
+from model_server.checkpoints.files import read_json
+from model_server.checkpoints.published import Report
 from model_server.checkpoints.recorded.apart import projections_apart
 from model_server.checkpoints.store import WeightsError
 from model_server.checkpoints.verify import Comparison, Taps

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model_server.checkpoints.adapters import rsunivlm
-from model_server.checkpoints.published import Report, read_json, repetition_penalty
+from model_server.checkpoints.files import read_json
+from model_server.checkpoints.published import Report, repetition_penalty
 from model_server.checkpoints.recorded.apart import projections_apart
 from model_server.checkpoints.store import WeightsError
 from model_server.checkpoints.verify import Comparison, Taps
