@@ -16,9 +16,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol
 
 import typer
 import uvicorn
@@ -229,7 +229,19 @@ def command(
     sock, token = listen(host, port, token_file)
     keep_freed_memory()
     engine = Engine(loader(weights, device, precision, threads))
-    sys.exit(asyncio.run(serve(engine, create_app(engine, token=token), sock, idle_exit_s=idle_exit)))
+    end_with(serve(engine, create_app(engine, token=token), sock, idle_exit_s=idle_exit))
+
+
+def end_with(serving: Coroutine[Any, Any, int]) -> NoReturn:
+    """Run to the end and leave with its code, at once: a thread that loads a model, which may be fetched for an hour,
+    cannot be stopped, and Python would wait for it. All who waited for an answer have it by then."""
+    try:
+        code = asyncio.run(serving)
+    except SystemExit as stopped:  # of a signal, which uvicorn raises again
+        code = int(stopped.code or 0)
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def main() -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -163,6 +166,26 @@ def test_sigterm_answers_a_chat_in_flight_and_no_question_is_logged(debug_weight
     assert "task=vqa" in told
     assert "bunker" not in told
     assert "path=/ready" not in told
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+def test_sigterm_ends_a_server_that_is_still_loading(dense_weights: Path, tmp_path: Path) -> None:
+    """From a file that never ends, as large weights over a slow network seem to be."""
+    weights = Path(shutil.copytree(dense_weights, tmp_path / "weights"))
+    (weights / "dense.json").unlink()
+    os.mkfifo(weights / "dense.json")
+    with server_process(tmp_path / "log", "--weights", str(weights)) as server:
+        while True:
+            try:
+                pipe = os.open(weights / "dense.json", os.O_WRONLY | os.O_NONBLOCK)
+                break
+            except OSError:  # the server has not come to it yet
+                assert server.process.poll() is None
+                time.sleep(0.05)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
+        os.close(pipe)
+        assert "stopped" in server.log.read_text()
 
 
 def test_a_server_that_nobody_calls_ends(debug_weights: Path, tmp_path: Path) -> None:
