@@ -90,13 +90,20 @@ class Painted:
     @property
     def warnings(self) -> list[str]:
         """What to know of the areas."""
-        if not self.cuts:
-            return []
-        cuts = "once" if self.cuts == 1 else f"{self.cuts} times"
-        return [
-            f"An area with a very long outline is told as two, one above the other ({cuts}): there are fewer areas "
-            "than are told, and the mask shows them whole."
-        ]
+        told = []
+        if self.specks:
+            areas = "1 area" if self.specks == 1 else f"{self.specks} areas"
+            told.append(
+                f"{areas} of fewer than {MIN_PIXELS} pixels: in the mask and its figures, but without an outline or a "
+                "box."
+            )
+        if self.cuts:
+            cuts = "once" if self.cuts == 1 else f"{self.cuts} times"
+            told.append(
+                f"An area with a very long outline is told as two, one above the other ({cuts}): there are fewer areas "
+                "than are told, and the mask shows them whole."
+            )
+        return told
 
 
 class Painter:

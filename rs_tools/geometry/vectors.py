@@ -72,7 +72,6 @@ class MaskOutliner:
 
     Attributes:
         specks: areas left out.
-        speck_pixels: their pixels.
         cuts: how often an area was given so far and its rest as another, because of its many points.
     """
 
@@ -80,7 +79,6 @@ class MaskOutliner:
     origin: tuple[int, int] = (0, 0)
     min_pixels: int = 1
     specks: int = 0
-    speck_pixels: int = 0
     cuts: int = 0
     _rows: list[np.ndarray] = field(default_factory=list)
     _scores: list[np.ndarray] = field(default_factory=list)
@@ -183,7 +181,6 @@ class MaskOutliner:
         pixels = round(sum(piece.area for piece in pieces))
         if pixels < self.min_pixels:
             self.specks += 1
-            self.speck_pixels += pixels
             return
         whole = pieces[0] if len(pieces) == 1 else shapely.simplify(shapely.union_all(pieces), 0)
         for polygon in _polygons(whole):

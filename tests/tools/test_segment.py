@@ -66,6 +66,17 @@ async def test_a_mask_over_many_tiles_is_exact_to_the_pixel_and_so_are_its_figur
     assert found.artifacts[0].mime_type == "application/x-geotiff"
 
 
+@pytest.mark.parametrize("ponds", [0, 1, 3])
+async def test_areas_too_small_for_an_outline_are_told_of(tools: Tools, tmp_path: Path, ponds: int) -> None:
+    spots = [((20 + 30 * i, 60, 21 + 30 * i, 62), BLUE) for i in range(ponds)]
+    write(tmp_path / "images" / "ponds.tif", painted(100, 200, ((100, 10, 150, 50), BLUE), *spots), **PLACED)
+    found = await tools.segment("ponds.tif", ["water"])
+    outlined = sum(one["properties"]["pixels"] for one in features(found.artifacts[1]))
+    assert (found.classes[0].pixels, outlined) == (2000 + 2 * ponds, 2000)
+    told = [warning for warning in found.warnings if "fewer than 4 pixels" in warning]
+    assert [warning.split(" of ")[0] for warning in told] == {0: [], 1: ["1 area"], 3: ["3 areas"]}[ponds]
+
+
 async def test_areas_are_geodesic_and_outlines_cover_what_the_mask_covers(tools: Tools) -> None:
     found = await tools.segment("lake.tif", ["water", "soil"])
     mask, vectors = found.artifacts
