@@ -86,6 +86,8 @@ def http_settings(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         parser.error("--oauth-scope is for tokens of --oauth-issuer, which is not given")
     if not is_loopback(options.host):
         _check_public(parser, options)
+    if not 0 <= options.port <= 65535:
+        parser.error("--port must be from 0 (any free one) to 65535")
     if options.rate_limit < 1:
         parser.error("--rate-limit must be at least 1 request a minute")
     _check_names(parser, options)

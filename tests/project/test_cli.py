@@ -87,7 +87,13 @@ def test_a_refused_image_or_question_gives_status_1_and_the_reason_on_stderr(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["inspect"], ["list", "no_such_folder"], ["classify", SCENE, "--top-k", "many"], ["segment", SCENE]],
+    [
+        ["inspect"],
+        ["list", "no_such_folder"],
+        ["classify", SCENE, "--top-k", "many"],
+        ["segment", SCENE],
+        ["caption", SCENE, "--model-url", "http://host:port"],
+    ],
 )
 def test_wrong_usage_gives_status_2(arguments: list[str | Path]) -> None:
     assert rs_tools(*arguments).returncode == 2
