@@ -108,10 +108,13 @@ class ServeReplicas:
         if self._handle is None:
             return []
         try:
-            response = self._handle.broadcast("answer", call)
-            answers = await response.results_async(timeout_s=EVERYONE_S, return_exceptions=True)
+            asked = self._handle.broadcast("answer", call)
+            # Its public `results_async` has one limit for all: a replica that hangs would silence the others.
+            results = await asyncio.wait_for(asked._fetch_replica_results_async(), EVERYONE_S)
         except (TimeoutError, DeploymentUnavailableError):
             return []
+        waits = (asyncio.wait_for(result.get_async(), EVERYONE_S) for result in results)
+        answers = await asyncio.gather(*waits, return_exceptions=True)
         return [answer for answer in answers if isinstance(answer, Answer)]
 
     def _ready(self) -> DeploymentHandle[Replica]:
