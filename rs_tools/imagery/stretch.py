@@ -5,8 +5,8 @@ other 8-bit data whose values already fill the range; everything else is stretch
 percentile of each band over the valid pixels (where these are one value, between the lowest and the highest). Values
 are what the file's scale and offset make of its numbers. Radar amplitudes and intensities go through decibels first;
 whether a value is an amplitude or an intensity only changes the decibels by a factor, which the limits absorb. Values
-that are decibels already (some are negative) are stretched as they are, and so is 8-bit radar, which somebody stretched
-before.
+that are decibels already (more than a few are negative) are stretched as they are, and so is 8-bit radar, which
+somebody stretched before.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 
 _PERCENTILES = (2.0, 98.0)
 _FULL_ENOUGH = 96  # grey levels between the percentiles, of 255
+_BELOW_NOISE = 0.05  # of backscatter, share that taking the thermal noise off may leave negative
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def fit_stretch(sample: np.ndarray, *, eight_bit: bool, radar: bool) -> Stretch:
         low, high = np.percentile(sample, _PERCENTILES)
         if high - low >= _FULL_ENOUGH:
             return Stretch("none")
-    elif radar and sample.min() >= 0 and (sample > 0).any(axis=1).all():
+    elif radar and (sample < 0).mean() < _BELOW_NOISE and (sample > 0).any(axis=1).all():
         return Stretch("decibel", tuple(_limits(_decibels(band[band > 0], floor=0)[None])[0] for band in sample))
     return Stretch("linear", _limits(sample))
 

@@ -149,6 +149,18 @@ def test_radar_looks_the_same_whichever_way_it_is_stored(tmp_path: Path, looks: 
     assert np.abs(whole(scene).rgb[..., 0] - expected).mean() < 1
 
 
+def test_backscatter_that_is_a_little_negative_here_and_there_goes_through_decibels(tmp_path: Path) -> None:
+    """As thermal noise that was taken off leaves it."""
+    values = np.random.default_rng(0).gamma(4, 0.05, (1, 96, 96)).astype("float32")
+    plain = opened(write(tmp_path / "plain.tif", values, descriptions=["VV"]))
+    values[0, ::10, ::10] = -0.001
+    scene = opened(write(tmp_path / "a.tif", values, descriptions=["VV"]))
+    assert scene.stretch.kind == "decibel"
+    assert scene.stretch.limits[0] == pytest.approx(plain.stretch.limits[0], abs=0.3)
+    grey = whole(scene).rgb[..., 0]
+    assert set(grey[::10, ::10].ravel().tolist()) == {0}
+
+
 def test_two_polarisations_shown_as_colours_go_through_decibels_each(tmp_path: Path) -> None:
     values = np.random.default_rng(0).gamma(4, 0.05, (2, 64, 64)).astype("float32")
     values[1] /= 100
