@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import sys
 from importlib.util import find_spec
 from typing import Annotated
 
 import typer
 
-from model_server.app import end_on_signals, listen, serve
+from model_server.app import end_on_signals, end_with, listen, serve
 from model_server.http.entry import Entry
 from model_server.precision import Precision
 from model_server.replicas.cluster import connect
@@ -61,7 +59,7 @@ def command(
     from model_server.replicas.serving import Plan, ServeReplicas
 
     replicas = ServeReplicas(Plan(least, most, target, cpus, gpus, weights, precision))
-    sys.exit(asyncio.run(serve(replicas, create_door(replicas, Entry(token)), sock)))
+    end_with(serve(replicas, create_door(replicas, Entry(token)), sock))
 
 
 if __name__ == "__main__":

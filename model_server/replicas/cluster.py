@@ -13,6 +13,7 @@ STORE_BYTES = 4 * MAX_BODY_BYTES  # of Ray's own store: twice the bodies that th
 
 ALWAYS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is reported to anyone
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # what still asks Ray when it has been left would start another
     "RAY_DEDUP_LOGS": "0",  # lines that look alike are calls of their own
     "RAY_worker_niceness": "0",  # Ray's workers step back behind everything else otherwise
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import ray
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 APP = "rs-perception"
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 OVERLOAD = 2  # times the calls that a replica should have: beyond, those about its images go to others too
+HEALTHY_S = 10.0  # what a replica has to answer Serve; the third time in a row that it does not, it is replaced
 EVERYONE_S = 2.0  # what a replica has to answer a probe
 
 
@@ -57,15 +59,18 @@ class ServeReplicas:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._handle: DeploymentHandle[Replica] | None = None
+        self._starter = ThreadPoolExecutor(1)  # of its own: nobody waits for it at the end
 
     async def start(self) -> None:
         """Returns when the least number of replicas have loaded the model. Raises RuntimeError where they cannot."""
-        self._handle = await asyncio.to_thread(self._run)
+        self._handle = await asyncio.get_running_loop().run_in_executor(self._starter, self._run)
 
     async def close(self) -> None:
-        """Let replicas answer what they have, end them and leave the cluster; a start that still waits fails."""
-        self._handle = None
-        await asyncio.to_thread(_leave)
+        """Let replicas answer what they have, and end them. A start that still waits for them is left to wait."""
+        started, self._handle = self._handle is not None, None
+        await asyncio.to_thread(serve.delete, APP)
+        if started:
+            await asyncio.to_thread(ray.shutdown)
 
     def _run(self) -> DeploymentHandle[Replica]:
         plan, quiet = self._plan, {"enable_access_log": False, "log_level": "WARNING"}
@@ -81,6 +86,7 @@ class ServeReplicas:
                 request_router_class=ROUTER, request_router_kwargs={"num_fallback_replicas": plan.most - 1}
             ),
             graceful_shutdown_timeout_s=DRAIN_S,
+            health_check_timeout_s=HEALTHY_S,
             logging_config=quiet,
         )
         serve.start(proxy_location="Disabled", logging_config=quiet)
@@ -121,8 +127,3 @@ class ServeReplicas:
         if self._handle is None:
             raise EngineNotReady("the first replica is still loading its model")
         return self._handle
-
-
-def _leave() -> None:
-    serve.delete(APP)
-    ray.shutdown()
