@@ -121,7 +121,8 @@ class Reference:
         for name, p in self.model.named_parameters():
             p.data.normal_(std=0.1).add_(float("norm" in name or "ln_q" in name))
         for rows in (self.model.lm_head.weight, self.model.get_input_embeddings().weight):
-            rows.data[PAD] = 0.0  # never the likeliest: the base refuses a placeholder without a picture
+            # Neither these nor spaces are likeliest: a placeholder without a picture is refused, nothing is not read.
+            rows.data[: len(SPECIALS) + 2] = 0.0
         self.base = {name: t.clone() for name, t in self.model.state_dict().items()}
         hidden = max(128, v.hidden_mult * self.width)
         shapes = {"0.weight": (hidden, 64), "0.bias": (hidden,), "2.weight": (2 * self.width, hidden),
@@ -351,6 +352,7 @@ def record(folder: Path, v: Variant, reference: Reference) -> None:
                         "gen.sequences": ids[None]}  # fmt: skip
         signs = {n: sign for sign, n in IDS.items() if sign not in SPECIALS}
         text = "".join(signs.get(int(n), "") for n in ids[start:]).strip()
+        assert text, "an answer of nothing compares nothing"
         answers.append({"id": f"r{i}", "prediction_text": text})
     (example / "train.jsonl").write_text("\n".join(map(json.dumps, questions)))
     (folder / "predictions.jsonl").write_text("\n".join(map(json.dumps, answers)))
