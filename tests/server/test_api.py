@@ -165,7 +165,10 @@ async def test_the_pixels_of_pictures_count_as_bytes_in_memory(engine: Engine, p
     flat = {"model": "scripted", "messages": [user(None, data_url(np.full((64, 64, 3), 7, np.uint8)))]}
     app = httpx.ASGITransport(create_app(engine, token="secret", max_body=10_000))
     perceiver.gate.clear()
-    async with httpx.AsyncClient(transport=app, base_url="http://test", headers=HEADERS) as client:
+    async with (
+        asyncio.timeout(300),
+        httpx.AsyncClient(transport=app, base_url="http://test", headers=HEADERS) as client,
+    ):
         held = asyncio.create_task(client.post("/v1/chat/completions", json=flat))
         await until(lambda: engine.stats.requests.get("caption") == 1)
         assert error_of(await client.post("/v1/chat/completions", json=flat)) == (503, "busy")
