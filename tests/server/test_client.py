@@ -226,7 +226,9 @@ async def test_who_poses_as_a_server_that_has_ended_gets_neither_token_nor_tiles
         port = httpx.URL(json.loads(only_state(shared_state).read_bytes())["url"]).port
         kill(pid)
         async with await asyncio.start_server(pose, "127.0.0.1", port):
-            assert (await client.health())["pid"] != pid
+            replaced = (await client.health())["pid"]
+            assert replaced != pid
+            kill(replaced)
             only_state(shared_state).write_text(json.dumps({
                 "url": f"http://127.0.0.1:{port}", "token": "t", "pid": pid, "log": str(only_log(shared_state))
             }))  # fmt: skip
