@@ -34,7 +34,7 @@ from model_server.training.place import half, here, in_memory, put
 from model_server.training.sentences import sentence_vectors
 from model_server.training.start import sentence_parts
 
-ORDER = ("boxes", "masks", "change", "boxes", "masks")
+ORDER = ("boxes", "masks", "change")
 BATCHES = {"boxes": (6, 320), "masks": (8, 256), "change": (6, 256)}  # views and their side; a change view is a pair
 
 
@@ -45,7 +45,7 @@ class DenseRun:
     data: Path
     run: Path
     config: str = "nano"
-    steps: int = 17_500
+    steps: int = 24_500
     batch: int | None = None
     side: int | None = None
     rate: float = 2.5e-4
