@@ -21,7 +21,6 @@ MIME_TYPES = {
     ".tif": "application/x-geotiff",
     ".geojson": "application/geo+json",
     ".pixels.json": "application/json",
-    ".parquet": "application/vnd.apache.parquet",
     ".png": "image/png",
 }
 

@@ -1,4 +1,4 @@
-"""Objects and areas as files of vectors: GeoJSON (RFC 7946), or GeoParquet."""
+"""Objects and areas as files of vectors: GeoJSON (RFC 7946)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import shapely
 
-from rs_tools.errors import ArtifactError
 from rs_tools.results import Provenance
 
 PIXEL_SPACE = "image pixels: x right, y down, from the top-left corner; not longitude and latitude"
@@ -54,24 +53,6 @@ def write_geojson(
             file.write(",\n" if i else "\n")
             file.write(_feature_json(i, feature, digits))
         file.write("\n]}\n")
-
-
-def write_geoparquet(path: Path, features: Sequence[Feature], provenance: Provenance) -> None:
-    """Features in lon/lat, provenance in each row; needs the extra `geo`.
-
-    Raises:
-        ArtifactError: geopandas or pyarrow is not installed.
-    """
-    try:
-        import geopandas
-        import pyarrow  # noqa: F401  (geopandas finds it missing only while it writes)
-    except ImportError as error:
-        raise ArtifactError(
-            "GeoParquet needs geopandas and pyarrow: pip install 'rs-perception[geo]'. GeoJSON works without."
-        ) from error
-    rows = [feature.properties | {"provenance": provenance.model_dump_json()} for feature in features]
-    geometries = np.array([feature.geometry for feature in features], object)
-    geopandas.GeoDataFrame(rows, geometry=geometries, crs="EPSG:4326").to_parquet(path)
 
 
 def _feature_json(number: int, feature: Feature, digits: int) -> str:

@@ -33,7 +33,7 @@ MAX_READ = 32 * 2**20  # of a file that is handed over as a whole; larger ones a
 SIDECAR = ".aux.xml"  # GDAL's, beside a file of its own; kept and removed with it
 
 Kind = Literal["mask", "vectors", "preview"]
-_NAME = re.compile(r"(mask|vectors|preview)-[0-9a-f]{32}(\.tif|\.geojson|\.pixels\.json|\.parquet|\.png)")
+_NAME = re.compile(r"(mask|vectors|preview)-[0-9a-f]{32}(\.tif|\.geojson|\.pixels\.json|\.png)")
 _WRITING = ".writing-"
 
 

@@ -1,4 +1,4 @@
-"""Files that answers refer to: masks (COG), vectors (GeoJSON, GeoParquet) and previews (PNG)."""
+"""Files that answers refer to: masks (COG), vectors (GeoJSON) and previews (PNG)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from affine import Affine
 
-from rs_tools.artifacts.features import Feature, write_geojson, write_geoparquet
+from rs_tools.artifacts.features import Feature, write_geojson
 from rs_tools.artifacts.folder import ArtifactFolder, reported
 from rs_tools.artifacts.mask import MaskWriter
 from rs_tools.results import Artifact, Provenance
@@ -51,16 +51,6 @@ class ArtifactStore(ArtifactFolder):
         """
         with self.writing("vectors", ".geojson" if lonlat else ".pixels.json") as (path, done), reported("vectors"):
             write_geojson(path, features, provenance, warnings, lonlat=lonlat, gsd_m=gsd_m)
-            return done()
-
-    def geoparquet(self, features: Sequence[Feature], provenance: Provenance) -> Artifact:
-        """Features in lon/lat as GeoParquet, provenance in each row; needs the extra `geo`.
-
-        Raises:
-            ArtifactError: geopandas or pyarrow is not installed.
-        """
-        with self.writing("vectors", ".parquet") as (path, done), reported("vectors"):
-            write_geoparquet(path, features, provenance)
             return done()
 
     def preview(self, png: bytes) -> Artifact:

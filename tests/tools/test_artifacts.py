@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import os
 import re
@@ -147,29 +146,6 @@ def test_not_a_number_is_refused(store: ArtifactStore) -> None:
     with pytest.raises(ValueError, match="JSON"):
         store.vectors([Feature(None, {"score": float("nan")})], PROVENANCE)
     assert list(store.folder.iterdir()) == []
-
-
-def test_geoparquet_holds_the_same(store: ArtifactStore) -> None:
-    geopandas = pytest.importorskip("geopandas")
-    pytest.importorskip("pyarrow")
-    frame = geopandas.read_parquet(store.geoparquet([SHIP, Feature(None, {"label": "car"})], PROVENANCE).path)
-    assert frame.crs.to_epsg() == 4326
-    assert list(frame["label"]) == ["ship", "car"]
-    assert frame.geometry[0].equals(SHIP.geometry)
-    assert json.loads(frame["provenance"][0])["model"] == "nano"
-
-
-def test_without_its_library_geoparquet_says_what_to_install(store: ArtifactStore, monkeypatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args, **kwargs):
-        if name == "pyarrow":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ArtifactError, match=r"rs-perception\[geo\]"):
-        store.geoparquet([SHIP], PROVENANCE)
 
 
 def test_names_cannot_be_guessed_and_uris_lead_back(store: ArtifactStore) -> None:

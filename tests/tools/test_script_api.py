@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import geopandas
 import numpy as np
 import pytest
 from affine import Affine
@@ -156,6 +157,17 @@ def test_a_frame_has_the_columns_of_its_answer_and_its_warnings_with_rows_or_wit
         assert set(full.columns) == set(empty.columns)
         assert empty.attrs["warnings"] == none.warnings
         assert full.attrs["provenance"]["weights_digest"] == some.provenance.weights_digest
+
+
+def test_a_frame_becomes_geoparquet_with_its_provenance(bay: Path, server: str) -> None:
+    ships = rs_tools.open(bay, server=server, artifacts=bay.parent / "files").ground("ship")
+    table = rs_tools.to_geodataframe(ships)
+    table.to_parquet(bay.parent / "ships.parquet")
+    back = geopandas.read_parquet(bay.parent / "ships.parquet")
+    assert back.crs == "EPSG:4326"
+    assert back.geometry.geom_equals_exact(table.geometry, 1e-9).all()
+    assert list(back["label"]) == ["ship"]
+    assert back.attrs["provenance"]["image_digest"] == ships.provenance.image_digest
 
 
 def test_every_object_is_in_the_geojson_also_those_that_the_answer_does_not_list(tmp_path: Path, server: str) -> None:
