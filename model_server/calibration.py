@@ -59,7 +59,7 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True)
 class DenseCalibration:
-    """Of the dense branch, in a file of its own: the thresholds of highest F1 on validation data.
+    """Of the dense branch, in a file of its own: the thresholds of high F1 on validation data.
 
     `detect`: scores of boxes; `mask` and `change`: probabilities of pixels. Keys are phrases' concepts (`ship`), for
     boxes on radar under the names of `working_scale.kinds`, or, for change, what `change_kind` calls the imagery;

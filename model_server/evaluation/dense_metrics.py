@@ -106,18 +106,35 @@ def detection_f1(images: Sequence[ImageBoxes], iou: float = 0.5, threshold: floa
     return from_counts(true, false, missed)
 
 
-def best_f1_threshold(images: Sequence[ImageBoxes], iou: float = 0.5) -> tuple[float, float]:
-    """The score threshold of the highest F1, and that F1."""
+def best_f1(images: Sequence[ImageBoxes], iou: float = 0.5) -> float:
+    """The highest F1 that a threshold gives."""
+    return float(_f1_curve(images, iou)[1].max(initial=0.0))
+
+
+def steady_threshold(images: Sequence[ImageBoxes], iou: float = 0.5) -> float:
+    """The score in the middle of those around the best threshold whose F1 is within a standard error of its own.
+
+    With few objects the very best threshold is a matter of chance, and may lie at a brink.
+    """
+    scores, f1 = _f1_curve(images, iou)
+    if not len(scores):
+        return 1.0
+    best = int(f1.argmax())
+    error = math.sqrt(f1[best] * (1 - f1[best]) / sum(len(image.truth) for image in images))
+    (worse,) = np.nonzero(f1 < f1[best] - error)
+    first = int(worse[worse < best].max(initial=-1)) + 1
+    last = int(worse[worse > best].min(initial=len(scores))) - 1
+    return float(scores[first] + scores[last]) / 2
+
+
+def _f1_curve(images: Sequence[ImageBoxes], iou: float) -> tuple[np.ndarray, np.ndarray]:
+    """All scores, highest first, and the F1 with each as the threshold."""
     matched = [match_boxes(image, iou, len(image.boxes)) for image in images]
     positives = sum(len(image.truth) for image in images)
     scores, hits = np.concatenate([s for s, _ in matched]), np.concatenate([h for _, h in matched])
-    if not len(scores):
-        return 1.0, 0.0
     order = np.argsort(-scores, kind="mergesort")
     true = np.cumsum(hits[order])
-    f1 = 2 * true / (np.arange(1, len(order) + 1) + positives)
-    best = int(f1.argmax())
-    return float(scores[order][best]), float(f1[best])
+    return scores[order], 2 * true / (np.arange(1, len(order) + 1) + positives)
 
 
 def mask_scores(predicted: Sequence[np.ndarray], truth: Sequence[np.ndarray],

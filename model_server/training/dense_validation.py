@@ -15,9 +15,10 @@ from model_server.evaluation.dense_metrics import (
     ImageBoxes,
     ProbabilityCounts,
     average_precision,
-    best_f1_threshold,
+    best_f1,
     match_boxes,
     mean_average_precision,
+    steady_threshold,
 )
 from model_server.protocol import Modality, TileChange, TileMasks, TileObjects
 from model_server.query import Query
@@ -139,7 +140,7 @@ def figures(found: Gathered, thresholds: Mapping[str, Mapping[str, float]] | Non
         out[f"{key} ap50_95"] = mean_average_precision(images)
         if extra != 0.5:
             out[f"{key} ap{round(100 * extra)}"] = average_precision(images, extra)
-        out[f"{key} f1_{round(100 * extra)}"] = best_f1_threshold(images, extra)[1]
+        out[f"{key} f1_{round(100 * extra)}"] = best_f1(images, extra)
     for (group, name), counts in sorted(found.masks.items()):
         at = (thresholds or {}).get("mask", {}).get(name)
         out[f"{group}/{name} iou"] = (counts.best()[1] if at is None else counts.at(at)).iou
@@ -174,14 +175,14 @@ def _summed(counts: Iterable[ProbabilityCounts]) -> ProbabilityCounts:
 
 
 def fit_calibration(found: Gathered) -> DenseCalibration:
-    """Thresholds of highest F1: of boxes and masks by concept, of change by the kind of imagery."""
+    """Thresholds of high F1: of boxes and masks by concept, of change by the kind of imagery."""
     concepts = sorted({name for _, name in found.boxes})
     detect, confidence = {}, {}
     for name in concepts:
         groups = {group: images for (group, n), images in sorted(found.boxes.items()) if n == name}
         images = [image for group in groups.values() for image in group]
         if sum(len(i.truth) for i in images) >= 5:
-            detect[name] = best_f1_threshold(images, min(BOX_IOU.get(group, 0.5) for group in groups))[0]
+            detect[name] = steady_threshold(images, min(BOX_IOU.get(group, 0.5) for group in groups))
             confidence[name] = _box_confidence(images)
     everything = [image for images in found.boxes.values() for image in images]
     mask = {
@@ -193,7 +194,7 @@ def fit_calibration(found: Gathered) -> DenseCalibration:
     for kind in kinds:
         change[kind or "default"] = _pooled(c for (_, k), c in found.change.items() if k == kind).best()[0]
     return DenseCalibration(
-        detect={"default": best_f1_threshold(everything)[0] if everything else 0.35, **detect},
+        detect={"default": steady_threshold(everything) if everything else 0.35, **detect},
         mask={"default": float(np.mean(list(mask.values()))) if mask else 0.5, **mask},
         change=change,
         box_confidence={"default": _box_confidence(everything), **confidence},

@@ -12,12 +12,13 @@ from model_server.evaluation.dense_metrics import (
     ImageBoxes,
     ProbabilityCounts,
     average_precision,
-    best_f1_threshold,
+    best_f1,
     boundary_f1,
     detection_f1,
     iou_matrix,
     mask_scores,
     mean_average_precision,
+    steady_threshold,
 )
 
 BOX = [0.0, 0.0, 10.0, 10.0]
@@ -75,9 +76,28 @@ def test_ap_without_any_true_box_is_not_a_number() -> None:
     assert np.isnan(average_precision([image([BOX], [0.5], [])]))
 
 
-def test_the_best_threshold_leaves_out_the_false_boxes_below_it() -> None:
+def test_a_threshold_leaves_out_the_false_boxes_below_it() -> None:
     found = image([BOX, FAR, [100, 0, 110, 10]], [0.9, 0.7, 0.2], [BOX, FAR])
-    assert best_f1_threshold([found]) == (0.7, 1.0)
+    assert best_f1([found]) == 1.0
+    assert steady_threshold([found]) == pytest.approx(0.7)
+
+
+def test_a_threshold_stands_in_the_middle_of_those_that_are_as_good_and_not_at_the_brink() -> None:
+    def row(hits: str) -> ImageBoxes:
+        boxes = [[20.0 * i, 0.0, 20.0 * i + 10, 10.0] for i in range(len(hits))]
+        scores = [round(0.9 - 0.1 * i, 1) for i in range(len(hits))]
+        return image(boxes, scores, [box for box, hit in zip(boxes, hits, strict=True) if hit == "x"])
+
+    # F1 with each as the threshold: .33, .57, .75, .89, 1, .91, .83, .77; where all is right there is no error
+    assert steady_threshold([row("xxxxx---")]) == pytest.approx(0.5)
+    # .40, .33, .57, .50, .67, .60, .73 of four objects: the last three are within the error of .22
+    assert best_f1([row("x-x-x-x")]) == pytest.approx(8 / 11)
+    assert steady_threshold([row("x-x-x-x")]) == pytest.approx((0.5 + 0.3) / 2)
+
+
+def test_where_nothing_is_found_no_score_is_enough() -> None:
+    nothing = image([], [], [BOX])
+    assert (best_f1([nothing]), steady_threshold([nothing])) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("seed", range(4))
