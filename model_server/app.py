@@ -63,6 +63,10 @@ class Answering(Protocol):
         """Ready when it returns; whatever it raises ends the server."""
         ...
 
+    async def failed(self) -> None:
+        """Returns when a fault of its own keeps it from answering."""
+        ...
+
     async def close(self) -> None:
         """Answer what waits, take nothing more."""
         ...
@@ -71,7 +75,8 @@ class Answering(Protocol):
 async def serve(engine: Answering, app: Starlette, sock: socket.socket, *, idle_exit_s: float = 0) -> int:
     """Serve until SIGTERM, SIGINT or `idle_exit_s` seconds without a call (0 = for ever); drain; return the exit code.
 
-    The engine behind `app` starts in the background. When that fails the server ends with code 1.
+    The engine behind `app` starts in the background. When that fails, or the engine does later, the server ends with
+    code 1: whoever wants an answer starts another.
     """
     config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=DRAIN_S)
     server = uvicorn.Server(config)
@@ -96,11 +101,24 @@ async def _load_then_watch(engine: Answering, activity: Activity, idle_exit_s: f
         raise
     logger.info("ready load_s=%.2f", time.monotonic() - started)
     activity.last = time.monotonic()
-    if not idle_exit_s:
-        await asyncio.Event().wait()  # for ever: signals end the server
-    while (left := idle_exit_s - activity.idle_s()) > 0:  # noqa: ASYNC110 - what is waited for is the clock
-        await asyncio.sleep(max(left, 0.1))
+    failed = asyncio.create_task(engine.failed())
+    watched = {failed}
+    if idle_exit_s:
+        watched.add(asyncio.create_task(_idle(activity, idle_exit_s)))
+    try:
+        ended, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in watched:
+            task.cancel()
+    if failed in ended:
+        raise RuntimeError("the engine has failed")
     logger.info("idle for %.0f s, ending", idle_exit_s)
+
+
+async def _idle(activity: Activity, seconds: float) -> None:
+    """Returns when there has been nothing to do for so long."""
+    while (left := seconds - activity.idle_s()) > 0:  # noqa: ASYNC110 - what is waited for is the clock
+        await asyncio.sleep(max(left, 0.1))
 
 
 class OneLine(logging.Formatter):

@@ -75,6 +75,7 @@ class Engine:
         self._running: asyncio.Task[None] | None = None
         self._jobs: set[Pending] = set()  # whose callers wait
         self._closing = False
+        self._failure = asyncio.Event()
 
     async def start(self) -> None:
         """Load the model and begin to answer. Raises what `load` raises."""
@@ -92,8 +93,12 @@ class Engine:
         self._closing = True
         if self._dispatcher is not None and self._running is not None:
             self._dispatcher.close()
-            await self._running
+            await asyncio.wait({self._running})  # what it fails with has been logged
         self._thread.shutdown(wait=False)
+
+    async def failed(self) -> None:
+        """Returns when a fault of its own keeps it from answering."""
+        await self._failure.wait()
 
     @property
     def ready(self) -> bool:
@@ -207,6 +212,7 @@ class Engine:
             return
         logger.critical("the engine has failed and takes nothing more", exc_info=running.exception())
         self._closing = True
+        self._failure.set()
         for job in self._jobs:
             if not job.done.done():
-                job.done.set_exception(EngineClosing("the engine has failed; start the model server again"))
+                job.done.set_exception(EngineClosing("the engine has failed; its server ends: call again"))

@@ -65,6 +65,10 @@ class ServeReplicas:
         """Returns when the least number of replicas have loaded the model. Raises RuntimeError where they cannot."""
         self._handle = await asyncio.get_running_loop().run_in_executor(self._starter, self._run)
 
+    async def failed(self) -> None:
+        """Never returns: Serve puts another replica in the place of one that fails."""
+        await asyncio.Event().wait()
+
     async def close(self) -> None:
         """Let replicas answer what they have, and end them. A start that still waits for them is left to wait."""
         started, self._handle = self._handle is not None, None

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import httpx
 import numpy as np
 import pytest
 from scripted import GUILTY, ScriptedPerceiver, tile
 
+from model_server.app import bind, serve
 from model_server.batching.dispatcher import Dispatcher
 from model_server.engine import DeadlinePassed, Engine, EngineBusy, EngineClosing, EngineNotReady, QueryFailed
+from model_server.http.api import create_app
 from model_server.perceiver import Perceiver
-from model_server.protocol import PerceiveRequest, PerceiveResponse, TaskNotServed
+from model_server.protocol import PerceiveRequest, PerceiveResponse, TaskNotServed, encode_request
 
 CAPTION = PerceiveRequest(task="caption")
 
@@ -308,8 +311,25 @@ async def test_a_fault_of_the_engine_itself_leaves_nobody_waiting(
     with pytest.raises(EngineClosing, match="the engine has failed"):
         await engine.perceive(CAPTION, [tile(1)])
     assert not engine.ready
-    with pytest.raises(ZeroDivisionError):
-        await engine.close()
+    await engine.close()
+
+
+async def test_a_server_whose_engine_has_failed_ends_so_that_another_can_be_started(
+    loader: Callable[[], Perceiver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a fault of ours")
+
+    monkeypatch.setattr(Dispatcher, "_begin", fail)
+    engine, sock = Engine(loader), bind("127.0.0.1", 0)
+    serving = asyncio.create_task(serve(engine, create_app(engine), sock))
+    await until(lambda: engine.ready)
+    url = f"http://127.0.0.1:{sock.getsockname()[1]}/v1/perceive"
+    async with httpx.AsyncClient(trust_env=False) as client:
+        headers = {"Content-Type": "application/octet-stream"}
+        response = await client.post(url, content=encode_request(CAPTION, [tile(1)]), headers=headers)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "not_ready")
+    assert await asyncio.wait_for(serving, 30) == 1
 
 
 async def test_what_happened_is_counted(engine: Engine) -> None:
