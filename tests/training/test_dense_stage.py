@@ -338,7 +338,7 @@ def test_the_threshold_of_radar_ships_is_one_that_finds_the_ship_in_the_middle_o
         for i in range(5)
     ]
     fitted = fit_calibration(gather(Seeing(), chips))
-    assert fitted.detect["ship sar"] == pytest.approx(0.38)  # all five, and one that is beside the ship
+    assert 0.2 < fitted.detect["ship sar"] <= 0.38  # all five, and one that is beside the ship
     assert "ship" not in fitted.detect
 
 
