@@ -338,7 +338,8 @@ def test_the_threshold_of_radar_ships_is_one_that_finds_the_ship_in_the_middle_o
         for i in range(5)
     ]
     fitted = fit_calibration(gather(Seeing(), chips))
-    assert 0.2 < fitted.detect["ship sar"] <= 0.38  # all five, and one that is beside the ship
+    # The best takes all five and one beside the ship; the next lower box, at .2, costs less than a standard error.
+    assert fitted.detect["ship sar"] == pytest.approx((0.38 + 0.2) / 2)
     assert "ship" not in fitted.detect
 
 
